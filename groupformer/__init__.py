@@ -17,8 +17,6 @@ from .registration import register
 from .version import __version__
 
 
-
-
 register()
 
 __all__ = [

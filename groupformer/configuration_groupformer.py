@@ -49,7 +49,7 @@ def _check_per_layer_fields(fields) -> None:
 
 @strict
 class GroupFormerConfig(PreTrainedConfig):
-    r"""Configuration of every GroupFormer model. The defaults are those of the reference checkpoint (MHA, 10 M parameters).
+    r"""Configuration of every GroupFormer model. The defaults are the reference checkpoint (MHA, 10 M parameters).
 
     Args:
         vocab_size (`int`, defaults to 16384):
@@ -67,14 +67,13 @@ class GroupFormerConfig(PreTrainedConfig):
             one for each query head: multi-head attention (Vaswani et al. 2017); 1 is multi-query attention (Shazeer
             2019). It must divide `num_attention_heads`.
         per_layer_config (`dict[int, dict]`, *optional*):
-            Transformers' heterogeneity: overrides for single layers, e.g. `{3: {"num_key_value_heads": 1}}`. The fields
-            that may differ by layer are `num_key_value_heads`, `sliding_window`, `attention_multiplier` and
-            `intermediate_size`.
+            Transformers' heterogeneity: overrides for single layers, e.g. `{3: {"num_key_value_heads": 1}}`. Only
+            `num_key_value_heads`, `sliding_window`, `attention_multiplier` and `intermediate_size` may differ.
         head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
             Width of one head.
         position_embedding_type (`str`, defaults to `"rope"`):
-            `"learned"` (GPT-2), `"sinusoidal"` (Vaswani et al. 2017, section 3.5), `"rope"` (Su et al. 2021), `"alibi"`
-            (Press et al. 2022) or `"none"`.
+            `"learned"` (GPT-2), `"sinusoidal"` (Vaswani et al. 2017, section 3.5), `"rope"` (Su et al. 2021),
+            `"alibi"` (Press et al. 2022) or `"none"`.
         max_position_embeddings (`int`, defaults to 2048):
             Longest sequence that the positions are made for. Learned and sinusoidal positions refuse longer ones;
             RoPE warns once; ALiBi and no positions have no limit.
@@ -109,10 +108,10 @@ class GroupFormerConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*):
             How many tokens back, itself included, a token of a sliding layer attends to.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer. By default every layer whose `sliding_window` is
-            set slides.
+            `"full_attention"` or `"sliding_attention"` for each layer. By default every layer slides whose
+            `sliding_window` is set.
         is_causal (`bool`, defaults to `True`):
-            `False` makes a bidirectional encoder of the same weights. It keeps no KV cache: `use_cache` is then `False`.
+            `False` makes a bidirectional encoder of the same weights. It keeps no KV cache: `use_cache` is `False`.
         embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0):
             Granite's scalars: embeddings are multiplied by the first, each sublayer's output by the second, and the
             logits are divided by the third.
@@ -239,8 +238,8 @@ class GroupFormerConfig(PreTrainedConfig):
         _check_per_layer_fields(
             field for overrides in (kwargs.get("per_layer_config") or {}).values() for field in overrides
         )
-        # A config loaded from the Hub names its code as "repo--module.Class"; the code travels with every save of ours,
-        # so a saved config always names the files beside it.
+        # A config loaded from the Hub names its code as "repo--module.Class"; the code travels with every save of
+        # ours, so a saved config always names the files beside it.
         auto_map = kwargs.pop("auto_map", None) or AUTO_MAP
         super().__post_init__(**kwargs)
         self.auto_map = {
@@ -358,7 +357,9 @@ class GroupFormerConfig(PreTrainedConfig):
             )
         for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self.per_layer_config)):
             if layer_type not in known_types:
-                raise ValueError(f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}")
+                raise ValueError(
+                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"
+                )
             if layer_type == "sliding_attention" and layer.sliding_window is None:
                 raise ValueError(
                     f"layer_types[{layer_idx}] is 'sliding_attention', but sliding_window (None) gives no window; "

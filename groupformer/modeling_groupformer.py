@@ -17,6 +17,7 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,9 +49,7 @@ from .configuration_groupformer import GroupFormerConfig
 logger = logging.get_logger(__name__)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Norms
-# ----------------------------------------------------------------------------------------------------------------------
+# Norms ---------------------------------------------------------------------------------------------------------------
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -71,14 +70,8 @@ class GroupFormerRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-class GroupFormerLayerNorm(nn.LayerNorm):
-    """Layer norm over the last dimension (Ba et al. 2016, eq. 4)."""
-
-    def __init__(self, size: int, eps: float = 1e-6, bias: bool = True) -> None:
-        super().__init__(size, eps=eps, bias=bias)
-
-
-NORMS = {"rms_norm": GroupFormerRMSNorm, "layer_norm": GroupFormerLayerNorm}
+# Layer norm (Ba et al. 2016, eq. 4) is torch's own.
+NORMS = {"rms_norm": GroupFormerRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
@@ -86,9 +79,7 @@ def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
     return NORMS[config.norm_type](size or config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Positions
-# ----------------------------------------------------------------------------------------------------------------------
+# Positions -----------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerLearnedEmbedding(nn.Embedding):
@@ -157,22 +148,16 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns query (B, H, T, D) and key (B, G, T, D) by their positions' angles; cos and sin are (B, T, rotary_dim).
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns heads (B, H or G, T, D) by their positions' angles; cos and sin are (B, 1, T, rotary_dim).
 
     Where `rotary_dim` is below `D` (partial rotary), the head's last features pass unturned.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, rotary_dim)
     rotary_dim = cos.shape[-1]
-    if rotary_dim == query.shape[-1]:
-        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-    query_turned, query_kept = query[..., :rotary_dim], query[..., rotary_dim:]
-    key_turned, key_kept = key[..., :rotary_dim], key[..., rotary_dim:]
-    query_turned = query_turned * cos + rotate_half(query_turned) * sin
-    key_turned = key_turned * cos + rotate_half(key_turned) * sin
-    return torch.cat((query_turned, query_kept), dim=-1), torch.cat((key_turned, key_kept), dim=-1)
+    if rotary_dim == x.shape[-1]:
+        return x * cos + rotate_half(x) * sin
+    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+    return torch.cat((turned * cos + rotate_half(turned) * sin, kept), dim=-1)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -187,13 +172,13 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + between[: num_heads - power]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Masks
-# ----------------------------------------------------------------------------------------------------------------------
+# Masks ---------------------------------------------------------------------------------------------------------------
 
 
 def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
+    if not config.is_heterogeneous:
+        return config.layer_types
     windows = [layer.sliding_window for layer in config.per_layer_config]
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
@@ -210,27 +195,30 @@ def create_attention_masks(
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, Any]:
     """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
 
     With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
     passes arguments of other models (token types); they are ignored.
     """
+    uses_alibi = config.position_embedding_type == "alibi"
+    names = layer_mask_names(config)
     masks = {}
-    for layer_idx, name in enumerate(layer_mask_names(config)):
-        if name not in masks:
-            slides = name.startswith("sliding")
-            masks[name] = (create_sliding_window_causal_mask if slides else create_causal_mask)(
-                config=config.per_layer_config[layer_idx],
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                layer_idx=layer_idx,
-                allow_is_causal_skip=config.position_embedding_type != "alibi",
-            )
-            if config.position_embedding_type == "alibi":
-                masks[name] = add_alibi(config, masks[name], inputs_embeds, attention_mask, past_key_values, layer_idx)
+    for name in dict.fromkeys(names):
+        layer_idx = names.index(name)
+        create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
+        mask = create_mask(
+            config=config.per_layer_config[layer_idx],
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=layer_idx,
+            allow_is_causal_skip=not uses_alibi,
+        )
+        if uses_alibi:
+            mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
+        masks[name] = mask
     return masks
 
 
@@ -262,13 +250,11 @@ def add_alibi(
         query_position, key_position = query_index[None], key_index[None]
     distance = (query_position[:, None, :, None] - key_position[:, None, None, :]).abs()  # (B or 1, 1, T, S)
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=device)[None, :, None, None]
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    return torch.where(allowed, (-slopes * distance).to(dtype), torch.finfo(dtype).min)
+    biases, lowest = (-slopes * distance).to(dtype), torch.finfo(dtype).min
+    return torch.where(mask, biases, lowest) if mask.dtype == torch.bool else (mask + biases).clamp(min=lowest)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
-# ----------------------------------------------------------------------------------------------------------------------
+# Attention -----------------------------------------------------------------------------------------------------------
 
 
 def eager_attention_forward(
@@ -353,7 +339,8 @@ class GroupFormerAttention(nn.Module):
         value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B,G,T,D)
 
         if position_embeddings is not None and self.uses_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)
+            query, key = turn(query, cos, sin), turn(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -375,9 +362,7 @@ class GroupFormerAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# MLP
-# ----------------------------------------------------------------------------------------------------------------------
+# MLP -----------------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerPlainMLP(nn.Module):
@@ -408,9 +393,7 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
 MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Layers
-# ----------------------------------------------------------------------------------------------------------------------
+# Layers --------------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerDecoderLayer(GradientCheckpointingLayer):
@@ -454,36 +437,28 @@ class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
 
 
 class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
-    """Attention and MLP side by side on the same residual stream, each with its own norm (GPT-NeoX)."""
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.scale(attn_output) + self.scale(mlp_output)
-
-
-class GroupFormerSharedNormDecoderLayer(GroupFormerDecoderLayer):
-    """Attention and MLP side by side, both reading the same norm (Phi)."""
+    """Attention and MLP side by side on the same residual stream, each with its own norm (GPT-NeoX) or one (Phi)."""
 
     def build_norms(self, config: GroupFormerConfig) -> None:
         self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = None if config.shared_parallel_norm else build_norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(normed, **kwargs)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.scale(attn_output) + self.scale(self.mlp(normed))
 
 
 def decoder_layer_class(config: GroupFormerConfig) -> type[GroupFormerDecoderLayer]:
     """The layer that the config asks for."""
     if config.parallel_residual:
-        return GroupFormerSharedNormDecoderLayer if config.shared_parallel_norm else GroupFormerParallelDecoderLayer
+        return GroupFormerParallelDecoderLayer
     return GroupFormerPostNormDecoderLayer if config.norm_position == "after" else GroupFormerDecoderLayer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-# ----------------------------------------------------------------------------------------------------------------------
+# Model ---------------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerPreTrainedModel(PreTrainedModel):
@@ -493,12 +468,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     config_class = GroupFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "GroupFormerDecoderLayer",
-        "GroupFormerPostNormDecoderLayer",
-        "GroupFormerParallelDecoderLayer",
-        "GroupFormerSharedNormDecoderLayer",
-    ]
+    _no_split_modules = [f"GroupFormer{kind}DecoderLayer" for kind in ("", "PostNorm", "Parallel")]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -514,19 +484,12 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     # `generate` prepares masks in advance for compiled decoding; these are ours, for the same names.
     create_masks_for_generate = staticmethod(create_attention_masks)
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Refuses a backend that cannot compute what the config asks for, when the model is built or the backend set."""
-        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        self._refuse_backend(chosen)
-        return chosen
-
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
-        # Before transformers' own check as well: that one may first load a kernel from the Hub.
+        # Transformers asks here when the model is built and when the backend is set. Ours comes first, because its own
+        # check may load a kernel from the Hub.
         if attn_implementation is not None:
             self._refuse_backend(attn_implementation)
-        chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-        self._refuse_backend(chosen)
-        return chosen
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _refuse_backend(self, name: str) -> None:
         if self.config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
@@ -542,7 +505,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
 
 
 class GroupFormerModel(GroupFormerPreTrainedModel):
-    """The bare transformer: token ids (B, T) or embeddings in, hidden states (B, T, hidden_size) after the last norm out."""
+    """The bare transformer: token ids (B, T) or embeddings in, normed hidden states (B, T, hidden_size) out."""
 
     def __init__(self, config: GroupFormerConfig):
         super().__init__(config)
@@ -578,22 +541,21 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
     def check_length(self, position_ids: torch.Tensor) -> None:
         """Refuses positions beyond the ones that exist; RoPE computes them, and warns once."""
         limit = self.config.max_position_embeddings
-        if position_ids.numel() == 0 or torch.compiler.is_compiling() or position_ids.device.type == "meta":
+        if self.rotary_emb is not None and position_ids.shape[-1] > limit:
+            logger.warning_once(
+                f"The sequence has {position_ids.shape[-1]} positions, more than max_position_embeddings ({limit}). "
+                "RoPE computes them, but the model was not made for them: quality may fall."
+            )
+        if self.embed_positions is None or position_ids.numel() == 0 or position_ids.is_meta:
             return
-        length = int(position_ids.max()) + 1
-        if length > limit and self.embed_positions is not None:
+        if not torch.compiler.is_compiling() and (length := int(position_ids.max()) + 1) > limit:
             raise ValueError(
                 f"The sequence has {length} positions, but max_position_embeddings ({limit}) is all that "
                 f"position_embedding_type={self.config.position_embedding_type!r} has; shorten or truncate the input"
             )
-        if length > limit and self.rotary_emb is not None:
-            logger.warning_once(
-                f"The sequence has {length} positions, more than max_position_embeddings ({limit}). RoPE computes them, "
-                "but the model was not made for them: quality may fall."
-            )
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer: scaled embeddings, plus positions where they are added, normed and dropped out."""
+        """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1.0:
             hidden_states = hidden_states * self.config.embedding_multiplier
@@ -661,9 +623,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Heads
-# ----------------------------------------------------------------------------------------------------------------------
+# Heads ---------------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
@@ -697,18 +657,12 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         """As `GroupFormerModel.forward`, and:
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids to predict, not shifted; -100 is ignored.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Ids to predict, not shifted; -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute logits for the last so many
                 tokens only, or for the given indices; 0 means all.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
@@ -728,8 +682,16 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """Transformers' `generate`; refused for bidirectional models, whose tokens would see their own future."""
         if not self.config.is_causal:
-            raise ValueError("is_causal (False) makes this model bidirectional: it cannot generate; set is_causal=True")
+            raise ValueError(
+                "is_causal (False) makes this model bidirectional: it cannot generate; set is_causal=True"
+            )
         return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Transformers' continuous batching; refused for ALiBi, because its paged masks hold no biases."""
+        if self.config.position_embedding_type == "alibi":
+            raise ValueError("position_embedding_type ('alibi') has no continuous batching; use `generate` instead")
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
@@ -763,7 +725,7 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
 
     def pool(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """One vector a row, (B, hidden_size), from hidden states (B, T, hidden_size). A row of padding gives finite ones."""
+        """One vector a row (B, hidden_size) of hidden states (B, T, hidden_size), finite for a row of padding too."""
         if not self.config.is_causal:
             weights = real.to(hidden_states.dtype).unsqueeze(-1)  # (B, T, 1)
             return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
@@ -790,13 +752,7 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
                 floats of a regression, as `config.problem_type` says or the labels' dtype tells.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         pooled = self.pool(hidden_states, self.real_tokens(input_ids, attention_mask, hidden_states))

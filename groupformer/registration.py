@@ -1,4 +1,4 @@
-"""Makes transformers and PEFT know GroupFormer. Runs once, on `import groupformer`; running it again changes nothing."""
+"""Makes transformers and PEFT know GroupFormer, on `import groupformer`; doing it again changes nothing."""
 
 import importlib.abc
 import importlib.machinery
@@ -36,7 +36,7 @@ PEFT_MAPPINGS = "peft.utils.constants"
 
 
 def register() -> None:
-    """Registers config, models and tokenizer with the Auto classes, their code with `save_pretrained`, and PEFT's defaults."""
+    """Registers our classes with the Auto classes, their code with `save_pretrained`, and PEFT's defaults."""
     model_type = GroupFormerConfig.model_type
     AutoConfig.register(model_type, GroupFormerConfig, exist_ok=True)
     GroupFormerConfig.register_for_auto_class()
@@ -50,7 +50,7 @@ def register() -> None:
 
 
 def add_peft_defaults(constants: ModuleType) -> None:
-    """Gives GroupFormer the default target modules that PEFT has for Llama, in every mapping: the module names are Llama's."""
+    """Gives GroupFormer the target modules that PEFT has for Llama, in every mapping: the module names are Llama's."""
     for name, mapping in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
             mapping.setdefault(GroupFormerConfig.model_type, mapping["llama"])

@@ -22,7 +22,7 @@ def tiny_config(**overrides) -> GroupFormerConfig:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
-    """Gives every weight a random value that matters: norms around 1, biases not zero. Returns the model, in eval mode."""
+    """Random weights that matter: norms around 1, biases not zero. Returns the model, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * std
