@@ -62,7 +62,7 @@ class GroupFormerRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The cast is for norms that PEFT or the user keeps in float32: the residual stream keeps its own dtype.
+        # The cast is for norms that PEFT keeps in float32: the residual stream keeps its own dtype.
         weight = self.weight.to(hidden_states.dtype)
         return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
@@ -82,13 +82,6 @@ def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
-class GroupFormerLearnedEmbedding(nn.Embedding):
-    """One trained vector for each position, added to the token embeddings (GPT-2)."""
-
-    def __init__(self, config: GroupFormerConfig):
-        super().__init__(config.max_position_embeddings, config.hidden_size)
-
-
 class GroupFormerSinusoidalEmbedding(nn.Module):
     """Fixed sines and cosines, added to the token embeddings (Vaswani et al. 2017, section 3.5).
 
@@ -106,8 +99,11 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (B, T, hidden_size)
 
 
-# Positions that are added to the embeddings; the other kinds act inside the attention.
-ABSOLUTE_POSITIONS = {"learned": GroupFormerLearnedEmbedding, "sinusoidal": GroupFormerSinusoidalEmbedding}
+# Positions that are added to the embeddings (learned: one trained vector each, as GPT-2); other kinds act in attention.
+ABSOLUTE_POSITIONS = {
+    "learned": lambda config: nn.Embedding(config.max_position_embeddings, config.hidden_size),
+    "sinusoidal": GroupFormerSinusoidalEmbedding,
+}
 
 
 class GroupFormerRotaryEmbedding(nn.Module):
@@ -178,7 +174,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
     if not config.is_heterogeneous:
-        return config.layer_types
+        return config.layer_types or []
     windows = [layer.sliding_window for layer in config.per_layer_config]
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
@@ -451,11 +447,11 @@ class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
         return hidden_states + self.scale(attn_output) + self.scale(self.mlp(normed))
 
 
-def decoder_layer_class(config: GroupFormerConfig) -> type[GroupFormerDecoderLayer]:
-    """The layer that the config asks for."""
-    if config.parallel_residual:
-        return GroupFormerParallelDecoderLayer
-    return GroupFormerPostNormDecoderLayer if config.norm_position == "after" else GroupFormerDecoderLayer
+LAYERS = {
+    "before": GroupFormerDecoderLayer,
+    "after": GroupFormerPostNormDecoderLayer,
+    "parallel": GroupFormerParallelDecoderLayer,
+}
 
 
 # Model ---------------------------------------------------------------------------------------------------------------
@@ -516,7 +512,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.embed_positions = absolute(config) if absolute is not None else None
         self.embed_norm = build_norm(config) if config.embedding_norm else None
         self.embed_dropout = nn.Dropout(config.embedding_dropout)
-        layer_class = decoder_layer_class(config)
+        layer_class = LAYERS["parallel" if config.parallel_residual else config.norm_position]
         self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.rotary_emb = GroupFormerRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
