@@ -99,7 +99,7 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (B, T, hidden_size)
 
 
-# Positions that are added to the embeddings (learned: one trained vector each, as GPT-2); other kinds act in attention.
+# Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
 ABSOLUTE_POSITIONS = {
     "learned": lambda config: nn.Embedding(config.max_position_embeddings, config.hidden_size),
     "sinusoidal": GroupFormerSinusoidalEmbedding,
