@@ -1,0 +1,48 @@
+# Everything runs in an environment of its own, made when it is missing: only Python (>= 3.10), pip and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two workers of one thread each: small models gain nothing from more threads.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help env demo test test-slow lint format types check clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(READY)  ## Make the environment
+
+# torch comes first and alone, as the pinned build; the constraints then keep it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[training,serving,dev]"
+	touch $(READY)
+
+demo: $(READY)  ## Adapt the shipped model to a text, save it, load it again in a fresh process (under 5 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/groupformer demo
+
+test: $(READY)  ## Run the fast tests
+	$(PYTEST) -n $(WORKERS)
+
+test-slow: $(READY)  ## Run the slow tests
+	$(PYTEST) -n $(WORKERS) -m "slow and not vllm"
+
+lint: $(READY)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(READY)  ## Check types
+	$(BIN)/mypy
+
+check: test lint types test-slow  ## All of the above checks
+
+clean:  ## Remove the environment and what the tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
