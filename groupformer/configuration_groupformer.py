@@ -129,6 +129,10 @@ class GroupFormerConfig(PreTrainedConfig):
             Whether the LM head is the embedding matrix.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens; all must be inside the vocabulary.
+        family (`str`, *optional*):
+            Model type of the native checkpoint that this model was imported from; exporting returns to it.
+        native_config (`dict`, *optional*):
+            What the native config says beyond these fields, kept so that an export gives it back exactly.
 
     Raises:
         ValueError: a field, or a combination of fields, that cannot be built. The message names the field, its value
@@ -210,6 +214,9 @@ class GroupFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    # Where it came from
+    family: str | None = None
+    native_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
