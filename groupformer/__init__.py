@@ -14,6 +14,7 @@ from .modeling_groupformer import (
     GroupFormerPreTrainedModel,
 )
 from .registration import register
+from .tokenization_groupformer import GroupFormerTokenizer
 from .version import __version__
 
 
@@ -27,5 +28,6 @@ __all__ = [
     "GroupFormerForTokenClassification",
     "GroupFormerModel",
     "GroupFormerPreTrainedModel",
+    "GroupFormerTokenizer",
     "__version__",
 ]

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 
 from .configuration_groupformer import GroupFormerConfig
@@ -22,6 +23,7 @@ from .modeling_groupformer import (
     GroupFormerForTokenClassification,
     GroupFormerModel,
 )
+from .tokenization_groupformer import GroupFormerTokenizer
 
 
 MODELS = {
@@ -43,6 +45,8 @@ def register() -> None:
     for auto_class, model_class in MODELS.items():
         auto_class.register(GroupFormerConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
+    AutoTokenizer.register(GroupFormerConfig, tokenizer_class=GroupFormerTokenizer, exist_ok=True)
+    GroupFormerTokenizer.register_for_auto_class()
     if PEFT_MAPPINGS in sys.modules:
         add_peft_defaults(sys.modules[PEFT_MAPPINGS])
     elif not any(isinstance(finder, PeftDefaultsFinder) for finder in sys.meta_path):

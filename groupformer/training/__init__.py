@@ -1,0 +1,1 @@
+"""Recipes: training the tokenizer, pre-training, fine-tuning."""
