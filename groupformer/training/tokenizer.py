@@ -21,7 +21,7 @@ PIECES = "|".join(
     )
 )
 
-# Requests to a machine speak of "I" and "you", and ask. Textbooks do so in few of their sentences, so these count more.
+# Requests to a machine speak of "I" and "you", and ask. Few sentences of textbooks do, so these count more.
 SPOKEN = re.compile(
     r"\b(i|i'm|i'd|my|me|you|your|please|we|our|us)\b|\?$"
     r"|^(what|how|can|who|where|when|why|is|are|do|does|did|could|would|should|which)\b"
@@ -72,9 +72,7 @@ def train_tokenizer(prose: list[str], code: list[str], vocab_size: int = 16384) 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must hold all bytes and special tokens; choose at least {smallest}"
-        )
+        raise ValueError(f"vocab_size ({vocab_size}) must hold bytes and special tokens; choose at least {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,0 +1,28 @@
+"""`groupformer demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(demo)
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id. Default: the checkpoint that ships, or a fresh small model.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to save the adapted model. Default: runs/demo.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier --output.")] = False,
+) -> None:
+    """Adapt a model to a short text, save it, load it again in a fresh process, and compare."""
+    folder = output or Path("runs/demo")
+    if output is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"--output ({folder}) is not empty; choose another folder, or pass --overwrite")
+    from ..demo import run
+
+    run(model, folder, steps, seed)

@@ -1,0 +1,101 @@
+"""Reading data files and packing documents into rows."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+
+
+def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
+    """A `datasets.Dataset` of all rows of the files, in order; or, with `streaming`, an `IterableDataset`.
+
+    A text file is one row. Glob patterns are allowed.
+
+    Raises:
+        ValueError: no file, a file or pattern that matches nothing, an unknown or mixed kind of file, or an empty file.
+    """
+    from datasets import load_dataset
+
+    paths = expand(files)
+    kinds = {path.suffix.lower() for path in paths}
+    if len(kinds) != 1 or not kinds <= set(BUILDERS):
+        raise ValueError(
+            f"files ({', '.join(sorted(kinds))}) must be of one known kind; choose from {', '.join(sorted(BUILDERS))}"
+        )
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise ValueError(f"file ({path}) is empty; give one with at least one row")
+    kind = kinds.pop()
+    options: dict[str, Any] = {"sample_by": "document"} if kind == ".txt" else {"sep": "\t"} if kind == ".tsv" else {}
+    dataset = load_dataset(
+        BUILDERS[kind], data_files=[str(path) for path in paths], split="train", streaming=streaming, **options
+    )
+    if not streaming and len(dataset) == 0:
+        raise ValueError(f"files ({', '.join(map(str, paths))}) have no rows; give files with at least one")
+    return dataset
+
+
+def expand(files: Iterable[str | Path]) -> list[Path]:
+    """The files that paths and glob patterns name, patterns sorted.
+
+    Raises:
+        ValueError: no file at all, or a path or pattern that matches no file.
+    """
+    paths: list[Path] = []
+    for file in files:
+        pattern = Path(file)
+        found = [pattern] if pattern.is_file() else sorted(pattern.parent.glob(pattern.name))
+        if not found:
+            raise ValueError(f"file ({file}) is not there; check the path")
+        paths += found
+    if not paths:
+        raise ValueError("files (none) must name at least one file")
+    return paths
+
+
+def require_column(dataset: Any, column: str) -> None:
+    """Raises ValueError if the dataset has no such column."""
+    if dataset.column_names is not None and column not in dataset.column_names:
+        raise ValueError(f"column ({column!r}) is not in the data; choose from {', '.join(dataset.column_names)}")
+
+
+def pack(documents: Iterable[list[int]], row_length: int) -> Iterator[dict[str, list[int]]]:
+    """Lays documents end to end and cuts them into rows of exactly `row_length` tokens; the last, short one is left out.
+
+    Each row has `input_ids`, `labels` and `position_ids`. Positions start again with each document, and with each row:
+    that is how transformers' masks know, without an attention mask, that documents do not see each other. The first
+    token of a document inside a row has the label -100, since nothing that it may see predicts it.
+    """
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    for document in documents:
+        start = 0
+        while start < len(document):
+            part = document[start : start + row_length - len(input_ids)]
+            input_ids += part
+            position_ids += range(len(part))
+            start += len(part)
+            if len(input_ids) == row_length:
+                labels = [-100 if position == 0 else token for token, position in zip(input_ids, position_ids)]
+                yield {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+                input_ids, position_ids = [], []
+
+
+def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str = "text") -> Any:
+    """A dataset of packed rows: each text between the tokenizer's begin and end tokens, packed by `pack`.
+
+    Works on `Dataset` (tokenized once, and cached by `datasets`) and `IterableDataset` (on the fly). Rows never span
+    two batches of 1,000 texts, so at most one short row in a thousand texts is left out.
+    """
+    require_column(dataset, column)
+
+    def rows(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        packed = list(pack((begin + tokens + end for tokens in encoded), row_length))
+        return {name: [row[name] for row in packed] for name in ("input_ids", "labels", "position_ids")}
+
+    return dataset.map(rows, batched=True, batch_size=1000, remove_columns=dataset.column_names)

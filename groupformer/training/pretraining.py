@@ -1,0 +1,228 @@
+"""Pre-training from scratch: one recipe file, one call, on transformers' Trainer.
+
+Documents are packed into rows of fixed length without seeing each other; the schedule is a cosine with warmup; a run
+that was cut off goes on from its last whole checkpoint, on the same data, to the same losses.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from .data import load_files, tokenize_and_pack
+from .run import SaveOnInterrupt, last_checkpoint, prepare_output
+
+
+@dataclass
+class PretrainRecipe:
+    """What `groupformer pretrain` needs to know; a YAML file holds the same fields.
+
+    Args:
+        model: Fields of `GroupFormerConfig`. Special tokens come from the tokenizer.
+        train_files, validation_files: Paths or patterns of parquet, JSON, CSV or text files.
+        dataset: Instead of files, a dataset on the Hub, whose `train` and `validation` splits are used.
+        text_column: The column with the text.
+        streaming: Read while training, instead of tokenizing everything before.
+        tokenizer: Folder or Hub id; by default the one that ships in the package.
+        row_length: Tokens in a packed row.
+        max_steps: Optimizer steps.
+        batch_size: Rows per device in one forward pass.
+        gradient_accumulation_steps: Forward passes in one optimizer step.
+        learning_rate, warmup_ratio, weight_decay: Of AdamW with betas 0.9 and 0.95, gradients clipped at norm 1.
+        eval_steps, save_steps, logging_steps: How often, in optimizer steps.
+        bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        seed: Of initialisation and data order.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    train_files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    text_column: str = "text"
+    streaming: bool = False
+    tokenizer: str | None = None
+    row_length: int = 512
+    max_steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-3
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.1
+    eval_steps: int = 200
+    save_steps: int = 200
+    logging_steps: int = 10
+    bf16: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("row_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate ({self.learning_rate}) must be above 0")
+
+    @classmethod
+    def from_file(cls, path: str | Path | None, **overrides: Any) -> "PretrainRecipe":
+        """The recipe of a YAML file (none: the defaults), with the overrides that are not `None`.
+
+        Raises:
+            ValueError: the file is not there or not a mapping, or names a field that no recipe has.
+        """
+        fields = {}
+        if path is not None:
+            if not Path(path).is_file():
+                raise ValueError(f"recipe ({path}) is not there; check the path")
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"recipe ({path}) must be a mapping of fields to values")
+        fields.update({name: value for name, value in overrides.items() if value is not None})
+        known = [item.name for item in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"recipe has unknown fields ({', '.join(unknown)}); choose from {', '.join(known)}")
+        return cls(**fields)
+
+
+def build_model(recipe: PretrainRecipe, tokenizer: Any) -> GroupFormerForCausalLM:
+    """A fresh model of the recipe, with the tokenizer's special tokens."""
+    config = GroupFormerConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **recipe.model,
+        }
+    )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"vocab_size ({config.vocab_size}) is below the tokenizer's {len(tokenizer)} tokens; choose at least that"
+        )
+    limited = config.position_embedding_type in ("learned", "sinusoidal")
+    if limited and recipe.row_length > config.max_position_embeddings:
+        raise ValueError(
+            f"row_length ({recipe.row_length}) is longer than max_position_embeddings "
+            f"({config.max_position_embeddings}), all that position_embedding_type="
+            f"{config.position_embedding_type!r} has; choose a shorter row"
+        )
+    return GroupFormerForCausalLM(config)
+
+
+def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
+    """Packed training and validation rows; validation may be `None`."""
+    if bool(recipe.train_files) == (recipe.dataset is not None):
+        raise ValueError("give either train_files or dataset, and not both")
+    if recipe.dataset is not None:
+        from datasets import load_dataset
+
+        splits = load_dataset(recipe.dataset, streaming=recipe.streaming)
+        train, validation = splits["train"], splits.get("validation")
+    else:
+        train = load_files(recipe.train_files, streaming=recipe.streaming)
+        validation = load_files(recipe.validation_files) if recipe.validation_files else None
+    rows = [
+        None if split is None else tokenize_and_pack(split, tokenizer, recipe.row_length, recipe.text_column)
+        for split in (train, validation)
+    ]
+    if not recipe.streaming and not len(rows[0]):
+        raise ValueError(
+            f"row_length ({recipe.row_length}) is longer than all the training text; choose a shorter row"
+        )
+    return rows[0], rows[1]
+
+
+def bytes_per_token(rows: Any, tokenizer: Any) -> float:
+    """UTF-8 bytes of text behind each predicted token of packed rows, to turn losses into bits per byte."""
+    texts = tokenizer.batch_decode(list(rows["input_ids"]), skip_special_tokens=True)
+    predicted = sum(label != -100 for labels in rows["labels"] for label in labels)
+    return sum(len(text.encode("utf-8")) for text in texts) / max(1, predicted)
+
+
+def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) -> TrainingArguments:
+    """The recipe in Trainer's words."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup_ratio * recipe.max_steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=recipe.logging_steps,
+        bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        prediction_loss_only=True,
+        report_to=[],
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+
+
+def pretrain(
+    recipe: PretrainRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Trains a fresh GroupFormer by a recipe and saves model and tokenizer to `output`.
+
+    Args:
+        recipe: What to train, on what, and how.
+        output: Folder of checkpoints, log and the final model.
+        resume: Go on from the last whole checkpoint in `output`, if there is one.
+        overwrite: Replace what is in `output`.
+
+    Returns:
+        Steps and tokens seen, training loss, and validation loss and bits per byte where there is validation data.
+
+    Raises:
+        ValueError: a recipe that cannot be run, or an output folder that is not empty.
+        KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
+    """
+    output = Path(output)
+    set_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
+    model = build_model(recipe, tokenizer)
+    train_rows, validation_rows = load_splits(recipe, tokenizer)
+    prepare_output(output, resume=resume, overwrite=overwrite)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, output, validation_rows is not None),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[SaveOnInterrupt()],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+
+    results: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step
+        * recipe.batch_size
+        * recipe.gradient_accumulation_steps
+        * recipe.row_length,
+        "parameters": model.num_parameters(),
+    }
+    if validation_rows is not None:
+        loss = trainer.evaluate()["eval_loss"]
+        results["validation_loss"] = loss
+        if not recipe.streaming:
+            results["validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token(validation_rows, tokenizer)
+    trainer.save_model(str(output))
+    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    return results
