@@ -4,6 +4,8 @@ Importing this package registers the architecture with transformers' Auto classe
 transformers and torch is imported.
 """
 
+import importlib
+
 from .configuration_groupformer import GroupFormerConfig
 from .modeling_groupformer import (
     GroupFormerForCausalLM,
@@ -20,6 +22,19 @@ from .version import __version__
 
 register()
 
+# Public functions whose modules are imported when they are first used.
+LAZY = {
+    "export_model": "families",
+    "import_model": "families",
+}
+
+
+def __getattr__(name: str):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
+
+
 __all__ = [
     "GroupFormerConfig",
     "GroupFormerForCausalLM",
@@ -30,4 +45,6 @@ __all__ = [
     "GroupFormerPreTrainedModel",
     "GroupFormerTokenizer",
     "__version__",
+    "export_model",
+    "import_model",
 ]

@@ -1,0 +1,299 @@
+"""From folder to folder, streaming: one group of tensors in memory at a time, whatever the checkpoint's size.
+
+The result is written aside and renamed when it is whole. Until then nothing that existed is touched, and when anything
+fails nothing is left behind.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from ..configuration_groupformer import GroupFormerConfig
+from .checkpoint import (
+    Advance,
+    BinSource,
+    Entry,
+    SafetensorsSource,
+    bytes_of,
+    header_of,
+    open_checkpoint,
+    shard_names,
+    write_index,
+)
+from .convert import Conversion, plan_export, plan_import, source_names, target_entries
+from .operations import RENAME
+from .registry import family_named
+from .weights import Group
+
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+# What travels along as it is: tokenizers, chat templates, generation configs, licences.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+# Called with the shard being written, the number of shards, and the bytes written since the last call.
+Progress = Callable[[int, int, int, int], None]
+
+
+def ignore_progress(shard: int, shards: int, written: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def local_folder(source: str) -> Path:
+    """A folder as it is, or the local copy of a Hub repository's weights, configs and tokenizer.
+
+    Raises:
+        ValueError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"{source} is not a folder")
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    try:
+        files: list[str] = []
+        with suppress(OfflineModeIsEnabled):  # then what the cache holds has to do
+            files = list_repo_files(source)
+        if files and not any(file.endswith(".safetensors") for file in files):
+            wanted += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{source} is neither a folder nor a Hub repository that can be reached: {error}") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+def read_native_config(folder: Path) -> PreTrainedConfig:
+    """The native config of a folder, by transformers' own class: code in the folder is never run.
+
+    Raises:
+        ValueError: no readable config.json, or of no known family.
+    """
+    content = read_json(folder / "config.json")
+    if content.get("model_type") == GroupFormerConfig.model_type:
+        raise ValueError(f"{folder} is a GroupFormer already; load it with from_pretrained")
+    family = family_named(content.get("model_type"))
+    return CONFIG_MAPPING[family.model_type].from_pretrained(folder)
+
+
+def class_name_of(config: PreTrainedConfig) -> str | None:
+    """The model class that a config was saved with, if it says so."""
+    return config.architectures[0] if config.architectures else None
+
+
+# The two directions --------------------------------------------------------------------------------------------------
+
+
+def import_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = ignore_progress,
+) -> Conversion:
+    """A native checkpoint folder (or Hub id) to a GroupFormer folder that loads with `from_pretrained`.
+
+    Args:
+        source: Folder or Hub id; safetensors, sharded or not, or legacy `.bin`.
+        target: Folder to write. Must not exist, unless `overwrite`.
+        overwrite: Whether to replace an existing target, once the new one is whole.
+        max_shard_bytes: Largest shard to write, in bytes; a larger tensor gets a shard of its own.
+        progress: Called with (shard, shards, bytes just written, bytes in all).
+
+    Returns:
+        What was converted.
+
+    Raises:
+        ValueError: anything that cannot be converted exactly, or a broken file, by name. Nothing is written then.
+    """
+    source_folder, target_folder = local_folder(str(source)), Path(target).expanduser()
+    refuse_target(source_folder, target_folder, overwrite)
+    native_config = read_native_config(source_folder)
+    conversion = plan_import(native_config, class_name_of(native_config))
+    conversion.our_config.architectures = [conversion.model_class.__name__]
+    name_tokenizer(conversion, source_folder)
+    with written_aside(target_folder) as folder:
+        write_weights(conversion, open_checkpoint(source_folder), folder, max_shard_bytes, progress)
+        write_our_code(conversion, folder)
+        conversion.our_config.save_pretrained(folder)
+        copy_companions(source_folder, folder)
+    return conversion
+
+
+def export_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    family: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = ignore_progress,
+) -> Conversion:
+    """A GroupFormer folder (or Hub id) to a native checkpoint folder; see `import_folder` for the arguments.
+
+    Args:
+        family: Transformers' model type to export to. Default: the one that the model was imported from.
+    """
+    source_folder, target_folder = local_folder(str(source)), Path(target).expanduser()
+    refuse_target(source_folder, target_folder, overwrite)
+    content = read_json(source_folder / "config.json")
+    if content.get("model_type") != GroupFormerConfig.model_type:
+        raise ValueError(f"{source_folder} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
+    our_config = GroupFormerConfig.from_pretrained(source_folder)
+    conversion = plan_export(our_config, class_name_of(our_config), family)
+    conversion.native_config.architectures = [conversion.model_class.__name__]
+    with written_aside(target_folder) as folder:
+        write_weights(conversion, open_checkpoint(source_folder), folder, max_shard_bytes, progress)
+        conversion.native_config.save_pretrained(folder)
+        copy_companions(source_folder, folder)
+    return conversion
+
+
+# Output that appears whole or not at all -----------------------------------------------------------------------------
+
+
+def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuses a target that would lose something, before any work is done."""
+    if target.resolve() == source.resolve() or source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"the target ({target}) is, or holds, the source ({source}); choose another folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"the target ({target}) is a file; choose another name")
+    if target.exists() and not overwrite:
+        raise ValueError(f"the target ({target}) exists; choose another folder, or pass --overwrite to replace it")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A fresh folder beside the target that takes its name when all went well, and disappears when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    aside, old = (target.with_name(f".{target.name}.{unique}.{word}") for word in ("partial", "old"))
+    aside.mkdir()
+    try:
+        yield aside
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    except BaseException:  # an interrupt, too, leaves nothing behind
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+Shard = list[tuple[Group, dict[str, Entry]]]
+
+
+def plan_shards(pieces: Iterator[tuple[Group, dict[str, Entry]]], max_bytes: int) -> list[Shard]:
+    """Groups in the model's order, cut into shards. Wider dtypes come first in each, so that all stay aligned."""
+    shards: list[Shard] = [[]]
+    filled = 0
+    for group, entries in pieces:
+        size = sum(entry.size for entry in entries.values())
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((group, entries))
+        filled += size
+    for shard in shards:
+        shard.sort(key=lambda piece: -max(entry.dtype.itemsize for entry in piece[1].values()))
+    return shards
+
+
+def write_weights(
+    conversion: Conversion, source: SafetensorsSource | BinSource, folder: Path, max_bytes: int, progress: Progress
+) -> None:
+    names = source_names(conversion, source)
+    shards = plan_shards(target_entries(conversion, source, names), max_bytes)
+    contents = [{name: entry for _, entries in shard for name, entry in entries.items()} for shard in shards]
+    total = sum(entry.size for content in contents for entry in content.values())
+    files = shard_names(len(shards))
+    for number, (file_name, shard, content) in enumerate(zip(files, shards, contents), start=1):
+
+        def advance(written: int, number: int = number) -> None:
+            progress(number, len(shards), written, total)
+
+        with open(folder / file_name, "wb") as file:
+            file.write(header_of(content))
+            for group, entries in shard:
+                write_group(conversion, source, names, group, entries, file, advance)
+    if len(shards) > 1:
+        write_index(folder, dict(zip(files, contents)))
+
+
+def write_group(conversion, source, names: dict[str, str], group: Group, entries, file, advance: Advance) -> None:
+    read, _ = conversion.sides(group)
+    if group.operation is RENAME and isinstance(source, SafetensorsSource):
+        source.copy(names[read[0]], file, advance)
+        return
+    tensors = conversion.convert(group, [source.read(names[name]) for name in read])
+    for tensor, entry in zip(tensors, entries.values()):
+        file.write(bytes_of(tensor))
+        advance(entry.size)
+
+
+# What lies beside the weights ----------------------------------------------------------------------------------------
+
+
+def write_our_code(conversion: Conversion, folder: Path) -> None:
+    """The code files that `save_pretrained` of ours puts beside the weights, for `trust_remote_code`."""
+    import torch
+
+    with torch.device("meta"):
+        model = conversion.model_class(conversion.our_config)
+    custom_object_save(model, str(folder))
+
+
+def name_tokenizer(conversion: Conversion, source: Path) -> None:
+    """Where only the native model type told which tokenizer this is, our config has to name it."""
+    path = source / "tokenizer_config.json"
+    named = read_json(path).get("tokenizer_class") if path.exists() else None
+    if named or getattr(conversion.native_config, "tokenizer_class", None):
+        return
+    tokenizer_class = TOKENIZER_MAPPING_NAMES.get(conversion.family.model_type)
+    if tokenizer_class is not None:
+        conversion.our_config.tokenizer_class = tokenizer_class
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)

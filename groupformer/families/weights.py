@@ -1,0 +1,192 @@
+"""Which native tensors become which of ours: a plan of small groups, made from the tables before any data is read.
+
+The names and shapes of both sides come from the models themselves, built without storage on torch's `meta` device. A
+plan covers both sides completely, or there is no plan: no weight is forgotten or invented.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .. import modeling_groupformer as ours_module
+from ..configuration_groupformer import GroupFormerConfig
+from .family import Family, Weights
+from .operations import RENAME, Context, Operation
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+# The kinds of model: our class, and transformers' table of native classes.
+KINDS: dict[str, tuple[type[PreTrainedModel], str]] = {
+    "ForCausalLM": (ours_module.GroupFormerForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING"),
+    "ForSequenceClassification": (
+        ours_module.GroupFormerForSequenceClassification,
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    ),
+    "ForTokenClassification": (
+        ours_module.GroupFormerForTokenClassification,
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    ),
+    "ForQuestionAnswering": (ours_module.GroupFormerForQuestionAnswering, "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
+    "Model": (ours_module.GroupFormerModel, "MODEL_MAPPING"),
+}
+
+# Heads beside the base model, native stem to ours.
+HEADS = {"lm_head": "lm_head", "score": "score", "classifier": "score", "qa_outputs": "qa_outputs"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The smallest piece that is converted by itself: these native tensors are these of ours."""
+
+    native: tuple[str, ...]
+    ours: tuple[str, ...]
+    operation: Operation
+    context: Context
+
+    def to_ours(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.operation.to_ours(tensors, self.context)
+
+    def to_native(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.operation.to_native(tensors, self.context)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups of a model, and the names and shapes of both sides (without tied copies)."""
+
+    groups: list[Group]
+    native_shapes: Shapes
+    our_shapes: Shapes
+    native_prefix: str
+
+
+def native_class(family: Family, kind: str) -> type[PreTrainedModel]:
+    """The native model class of a kind, e.g. `LlamaForCausalLM`.
+
+    Raises:
+        ValueError: transformers has no such class for the family.
+    """
+    mapping = getattr(modeling_auto, KINDS[kind][1])
+    config_class = CONFIG_MAPPING[family.model_type]
+    if config_class in mapping:
+        return mapping[config_class]
+    raise ValueError(f"transformers has no {kind} of {family.model_type}; convert another kind of model")
+
+
+def kind_of(class_name: str | None) -> str:
+    """The kind of model of a class name; without one, a causal language model.
+
+    Raises:
+        ValueError: a kind of model that GroupFormer does not have.
+    """
+    if class_name is None or class_name.endswith("LMHeadModel"):
+        return "ForCausalLM"
+    for kind in KINDS:
+        if class_name.endswith(kind) and "DoubleHeads" not in class_name:
+            return kind
+    raise ValueError(f"architectures ({class_name!r}) has no counterpart here; choose one of {', '.join(KINDS)}")
+
+
+def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+    """Names and shapes of a model's tensors as a file holds them: a tied head is not stored."""
+    with torch.device("meta"):
+        model = model_class(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_config: GroupFormerConfig) -> Plan:
+    """The plan for one model.
+
+    Raises:
+        RuntimeError: the tables do not cover a tensor of either side (an error in the tables).
+    """
+    native_model, our_model = native_class(family, kind), KINDS[kind][0]
+    native_shapes, our_shapes = shapes_of(native_model, native_config), shapes_of(our_model, our_config)
+    bare = kind == "Model"
+    prefix = "" if bare else f"{native_model.base_model_prefix}."
+    our_prefix = "" if bare else "model."
+    rotary_dim = 0
+    if our_config.rope_parameters:
+        rotary_dim = int(our_config.head_dim * our_config.rope_parameters.get("partial_rotary_factor", 1.0))  # type: ignore[operator]
+
+    def build_group(native: tuple[str, ...], ours: tuple[str, ...], operation: Operation) -> Group:
+        rows = tuple(our_shapes[name][0] for name in ours)
+        return Group(native, ours, operation, Context(our_config.head_dim or 0, rotary_dim, rows))
+
+    stems = [
+        (prefix + native, [our_prefix + stem for stem in weights.stems], weights.operation)
+        for native, weights in expand(family, our_config.num_hidden_layers)
+    ]
+    stems += [(native, [ours], RENAME) for native, ours in HEADS.items()]
+    groups = []
+    for native_stem, our_stems, operation in stems:
+        for suffix in (".weight", ".bias"):
+            ours = tuple(stem + suffix for stem in our_stems)
+            if native_stem + suffix in native_shapes and all(name in our_shapes for name in ours):
+                groups.append(build_group((native_stem + suffix,), ours, operation))
+    refuse_uncovered(native_shapes, (name for group in groups for name in group.native), family.model_type)
+    refuse_uncovered(our_shapes, (name for group in groups for name in group.ours), "groupformer")
+    return Plan(groups, native_shapes, our_shapes, prefix)
+
+
+def expand(family: Family, num_layers: int) -> Iterable[tuple[str, Weights]]:
+    """The family's weight table with layer numbers for `*`, in the model's order: embeddings, layers, the rest."""
+    rows = [(name, row if isinstance(row, Weights) else Weights(row)) for name, row in family.weights.items()]
+    layered = [row for row in rows if "*" in row[0]]
+    first = rows.index(layered[0])
+    yield from rows[:first]
+    for layer in range(num_layers):
+        for name, row in layered:
+            stems = tuple(stem.replace("*", str(layer)) for stem in row.stems)
+            yield name.replace("*", str(layer)), Weights(stems, row.operation)
+    yield from (row for row in rows[first:] if "*" not in row[0])
+
+
+def refuse_uncovered(shapes: Shapes, covered: Iterable[str], side: str) -> None:
+    counted = list(covered)
+    missing = sorted(set(shapes) - set(counted))
+    if missing or len(counted) != len(set(counted)):
+        raise RuntimeError(f"the weight table of {side} does not cover each tensor once: {', '.join(missing[:5])}")
+
+
+# Names as files hold them --------------------------------------------------------------------------------------------
+
+
+def native_name(name: str, plan: Plan, family: Family) -> str | None:
+    """Today's name of a native file's tensor; None for what was never a weight.
+
+    Older files lack or add the base model's prefix, or use older names. A name that nobody knows stays as it is.
+    """
+    if any(re.search(pattern, name) for pattern in family.legacy_buffers):
+        return None
+    for pattern, replacement in family.legacy_names.items():
+        name = re.sub(pattern, replacement, name)
+    candidates = (name, plan.native_prefix + name, re.sub(r"^(model|transformer|gpt_neox)\.", "", name))
+    return next((candidate for candidate in candidates if candidate in plan.native_shapes), name)
+
+
+def refuse_other_tensors(found: Shapes, expected: Shapes, where: str) -> None:
+    """Refuses a checkpoint whose tensors are not the expected ones.
+
+    Raises:
+        ValueError: a missing, unexpected or wrongly shaped tensor, by name.
+    """
+    for problem, names in (
+        ("lacks", sorted(set(expected) - set(found))),
+        ("has the unknown", sorted(set(found) - set(expected))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {problem} {', '.join(names[:3])}{more}: it does not fit its config.json")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name} has shape {found[name]}, but its config.json gives {shape}")

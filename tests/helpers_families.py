@@ -1,0 +1,56 @@
+"""What the tests of the bridge share: tiny native models of every family, from the families' own examples."""
+
+import warnings
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from groupformer.families.configs import config_class_of
+from groupformer.families.family import Family
+from groupformer.families.registry import FAMILIES
+from groupformer.families.weights import native_class
+
+from .helpers import random_ids, randomize
+
+
+def cases(table: str = "examples") -> list[tuple[str, str]]:
+    """(family, option) for every option in the families' tables."""
+    return [(name, option) for name, family in FAMILIES.items() for option in getattr(family, table)]
+
+
+def native_config(family: Family, option: str, table: str = "examples", **changes) -> PreTrainedConfig:
+    fields = {**family.tiny, **getattr(family, table)[option], **changes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return config_class_of(family)(**fields)
+
+
+def native_model(name: str, option: str, kind: str = "ForCausalLM", **changes) -> PreTrainedModel:
+    """A native model with random weights, norms and biases."""
+    family = FAMILIES[name]
+    model = native_class(family, kind)(native_config(family, option, **changes))
+    return around_one(randomize(model))
+
+
+@torch.no_grad()
+def around_one(model: nn.Module) -> nn.Module:
+    """`randomize` knows norms by their names; some families abbreviate them, so their weights get the missing 1."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and "norm" not in name:
+            module.weight.add_(1)
+    return model
+
+
+def left_padded(vocab_size: int, lengths=(9, 4, 7), pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and positions (B, T) of prompts of several lengths, padded on the left."""
+    longest = max(lengths)
+    ids = random_ids(len(lengths), longest, vocab_size)
+    mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+    ids = ids.masked_fill(mask == 0, pad)
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
