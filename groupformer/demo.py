@@ -137,10 +137,16 @@ def run(model_path: str | None, output: Path, steps: int, seed: int) -> dict[str
         f"{cache_bytes_per_token(model, tokenizer)} bytes of KV cache a token (float32)"
     )
     train_text, held_out = sample_text()
-    before = {"bits_per_byte": bits_per_byte(model, tokenizer, held_out), "answers": answers(model, tokenizer)}
+    before: dict[str, Any] = {
+        "bits_per_byte": bits_per_byte(model, tokenizer, held_out),
+        "answers": answers(model, tokenizer),
+    }
     console.print(f"[bold]2. Adapt[/] to {len(train_text.encode())} bytes of samples/river.txt, {steps} steps")
     adapt(model, tokenizer, train_text, output, steps, seed)
-    after = {"bits_per_byte": bits_per_byte(model, tokenizer, held_out), "answers": answers(model, tokenizer)}
+    after: dict[str, Any] = {
+        "bits_per_byte": bits_per_byte(model, tokenizer, held_out),
+        "answers": answers(model, tokenizer),
+    }
 
     console.print(f"[bold]3. Save[/] to {output}, and [bold]load[/] with the Auto classes in a fresh process")
     model.save_pretrained(output)
@@ -153,8 +159,8 @@ def run(model_path: str | None, output: Path, steps: int, seed: int) -> dict[str
         )
 
     table = Table("prompt", "before", "after, reloaded", title="What the model says (greedy, 10 tokens)")
-    for prompt, old, new in zip(PROMPTS, before["answers"], reloaded["answers"]):
-        table.add_row(prompt, old.strip(), new.strip())
+    for index, prompt in enumerate(PROMPTS):
+        table.add_row(prompt, before["answers"][index].strip(), reloaded["answers"][index].strip())
     console.print(table)
     console.print(
         f"Held-out part of the text: {before['bits_per_byte']:.3f} bits per byte before, "

@@ -14,7 +14,7 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
     A text file is one row. Glob patterns are allowed.
 
     Raises:
-        ValueError: no file, a file or pattern that matches nothing, an unknown or mixed kind of file, or an empty file.
+        ValueError: no file, a path or pattern that matches nothing, an unknown or mixed kind, or an empty file.
     """
     from datasets import load_dataset
 
@@ -55,6 +55,13 @@ def expand(files: Iterable[str | Path]) -> list[Path]:
     return paths
 
 
+def read_column(files: Iterable[str | Path], column: str = "text") -> list[str]:
+    """All texts of one column of the files, in order. Raises ValueError as `load_files` and `require_column` do."""
+    dataset = load_files(files)
+    require_column(dataset, column)
+    return list(dataset[column])
+
+
 def require_column(dataset: Any, column: str) -> None:
     """Raises ValueError if the dataset has no such column."""
     if dataset.column_names is not None and column not in dataset.column_names:
@@ -62,7 +69,7 @@ def require_column(dataset: Any, column: str) -> None:
 
 
 def pack(documents: Iterable[list[int]], row_length: int) -> Iterator[dict[str, list[int]]]:
-    """Lays documents end to end and cuts them into rows of exactly `row_length` tokens; the last, short one is left out.
+    """Lays documents end to end and cuts them into rows of `row_length` tokens; a last, short one is left out.
 
     Each row has `input_ids`, `labels` and `position_ids`. Positions start again with each document, and with each row:
     that is how transformers' masks know, without an attention mask, that documents do not see each other. The first

@@ -127,7 +127,7 @@ def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     else:
         train = load_files(recipe.train_files, streaming=recipe.streaming)
         validation = load_files(recipe.validation_files) if recipe.validation_files else None
-    rows = [
+    rows: list[Any] = [
         None if split is None else tokenize_and_pack(split, tokenizer, recipe.row_length, recipe.text_column)
         for split in (train, validation)
     ]
