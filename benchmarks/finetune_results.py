@@ -72,24 +72,24 @@ def bag_of_words_intents(files: dict[str, list[str]]) -> dict[str, float]:
 
 def bag_of_words_tags(files: dict[str, list[str]], neighbours: int) -> dict[str, float]:
     """Logistic regression on the word itself and on so many words to each side of it."""
-    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import SGDClassifier
     from sklearn.metrics import accuracy_score, f1_score
     from sklearn.pipeline import make_pipeline
 
-    def features(row: dict) -> list[dict[str, bool]]:
+    def features(row: dict) -> list[list[str]]:
         words = ["<start>"] * neighbours + [word.lower() for word in row["tokens"]] + ["<end>"] * neighbours
-        offsets = range(-neighbours, neighbours + 1)
-        return [
-            {f"{offset}:{words[index + neighbours + offset]}": True for offset in offsets}
-            for index in range(len(row["tokens"]))
-        ]
+        offsets = range(2 * neighbours + 1)
+        return [[f"{offset}:{words[index + offset]}" for offset in offsets] for index in range(len(row["tokens"]))]
 
     splits = {}
     for name in ("train_files", "test_files"):
         rows = load_dataset("parquet", data_files=files[name], split="train")
         splits[name] = [item for row in rows for item in features(row)], [tag for row in rows for tag in row["tags"]]
-    model = make_pipeline(DictVectorizer(), SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=20, random_state=0))
+    model = make_pipeline(
+        CountVectorizer(analyzer=lambda words: words, binary=True),
+        SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=20, random_state=0),
+    )
     answers = model.fit(*splits["train_files"]).predict(splits["test_files"][0])
     truth = splits["test_files"][1]
     return {

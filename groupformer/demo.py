@@ -91,6 +91,11 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     return continuations
 
 
+def judge(model: Any, tokenizer: Any, held_out: str) -> dict[str, Any]:
+    """Bits per byte of the held-out text, and the answers to the prompts."""
+    return {"bits_per_byte": bits_per_byte(model, tokenizer, held_out), "answers": answers(model, tokenizer)}
+
+
 def adapt(model: Any, tokenizer: Any, text: str, output: Path, steps: int, seed: int) -> None:
     """Trains on windows of 128 tokens of the text with transformers' own Trainer."""
     input_ids = tokenizer(text)["input_ids"]

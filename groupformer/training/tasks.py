@@ -21,10 +21,10 @@ IGNORED = -100  # the label that losses and scores pass over
 class CausalLMTask:
     """Next-token prediction on texts, or on conversations (a `messages` column), packed into rows."""
 
-    auto_class = AutoModelForCausalLM
+    auto_class: Any = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
     best_metric, greater_is_better = "loss", False
-    text_columns = ("text", "messages")
+    text_columns: tuple[str, ...] = ("text", "messages")
     label_columns: tuple[str, ...] = ()
     compute_metrics: Callable | None = None
     labels: list[str] = []
@@ -56,11 +56,11 @@ class CausalLMTask:
 class SequenceClassificationTask(CausalLMTask):
     """One label for each text."""
 
-    auto_class = AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForSequenceClassification
     peft_task_type = "SEQ_CLS"
     best_metric, greater_is_better = "accuracy", True
-    text_columns = ("text", "sentence", "utterance")
-    label_columns = ("label", "labels", "intent")
+    text_columns: tuple[str, ...] = ("text", "sentence", "utterance")
+    label_columns: tuple[str, ...] = ("label", "labels", "intent")
 
     @property
     def collator(self) -> Any:
