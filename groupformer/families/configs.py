@@ -106,6 +106,10 @@ def refuse_unknown_fields(native: PreTrainedConfig, family: Family) -> None:
 IGNORED_EVERYWHERE = ("auto_map", "_name_or_path", "model_type", "torch_dtype", "_attn_implementation")
 
 
+# What a config says about where it was read from, not about the model.
+NOT_REMEMBERED = ("model_type", "transformers_version", "_name_or_path")
+
+
 def refuse_required_fields(native: PreTrainedConfig, family: Family) -> None:
     for name, row in table_of(family).items():
         value = getattr(native, name, None)
@@ -141,7 +145,7 @@ def read_config(native: PreTrainedConfig, family: Family) -> GroupFormerConfig:
     ours.native_config = {
         name: value
         for name, value in plain(native).items()
-        if name not in ("model_type", "transformers_version") and (name not in rebuilt or rebuilt[name] != value)
+        if name not in NOT_REMEMBERED and (name not in rebuilt or rebuilt[name] != value)
     }
     return ours
 
@@ -235,7 +239,7 @@ def computation(config: GroupFormerConfig) -> dict[str, Any]:
     """What a config computes, in a form where two configs are equal exactly when they compute the same."""
     fields = {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        for field in dataclasses.fields(config)
         if field.name not in NO_LOGIT_DEPENDS_ON | set(PER_LAYER_FIELDS) | {"layer_types"}
     }
     fields["hidden_act"] = SAME_ACTIVATION.get(config.hidden_act, config.hidden_act)
@@ -250,10 +254,11 @@ def computation(config: GroupFormerConfig) -> dict[str, Any]:
     no_rope = list(config.no_rope_layers or [1] * config.num_hidden_layers)[: config.num_hidden_layers]
     fields["no_rope_layers"] = no_rope
     layers = list(config.per_layer_config)
+    scale = float(config.head_dim or 1) ** -0.5
     for name in ("num_key_value_heads", "intermediate_size"):
         fields[name] = same_in_all(getattr(layer, name) for layer in layers)
     fields["attention_multiplier"] = same_in_all(
-        config.head_dim**-0.5 if layer.attention_multiplier is None else layer.attention_multiplier for layer in layers
+        scale if layer.attention_multiplier is None else layer.attention_multiplier for layer in layers
     )
     fields["sliding_window"] = same_in_all(
         layer.sliding_window if kind == "sliding_attention" else None

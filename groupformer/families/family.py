@@ -287,4 +287,7 @@ ROPE_TYPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 16,
     },
 }
-ROPE_EXAMPLES = {name: {"rope_parameters": parameters} for name, parameters in ROPE_TYPES.items()}
+ROPE_EXAMPLES: dict[str, dict[str, Any]] = {
+    name: {"rope_parameters": parameters} for name, parameters in ROPE_TYPES.items()
+}
+ROPE_EXAMPLES["dynamic rope"]["max_position_embeddings"] = 16  # it acts on longer prompts only
