@@ -106,7 +106,8 @@ class GroupFormerConfig(PreTrainedConfig):
         attention_bias, attention_output_bias, mlp_bias, lm_head_bias (`bool`, default to `False`):
             Biases of the q/k/v projections, of the output projection, of the MLP, and of the LM head.
         sliding_window (`int`, *optional*):
-            How many tokens back, itself included, a token of a sliding layer attends to.
+            How many tokens, itself included, a token of a sliding layer looks back on; when bidirectional, how many it
+            sees to each side, itself not included.
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer. By default every layer slides whose
             `sliding_window` is set.

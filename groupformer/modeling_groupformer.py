@@ -299,7 +299,8 @@ class GroupFormerAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
         slides = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = layer_config.sliding_window if slides else None
+        # Flash attention counts a window with its own token, transformers' bidirectional masks without it.
+        self.sliding_window = layer_config.sliding_window + (not config.is_causal) if slides else None
         self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
 
         query_size = config.num_attention_heads * self.head_dim
