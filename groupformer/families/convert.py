@@ -1,6 +1,7 @@
 """The conversion itself, the same for models in memory and for folders: a direction, a plan, group by group."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,14 @@ def source_names(conversion: Conversion, source: Source) -> dict[str, str]:
     return names
 
 
+def file_name(conversion: Conversion, name: str) -> str:
+    """The name under which a file of the result holds a tensor."""
+    if not conversion.to_ours:
+        for pattern, replacement in conversion.family.file_names.items():
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
 def drop_tied_head(conversion: Conversion, source: Source, names: dict[str, str]) -> None:
     """Some files hold a tied head twice; the copy goes, after a look whether it is one."""
     if "lm_head.weight" not in names or "lm_head.weight" in conversion.source_shapes:
@@ -165,7 +174,3 @@ def build_model(conversion: Conversion, source: Source) -> PreTrainedModel:
         raise RuntimeError(f"{conversion.family.model_type}: the plan missed {sorted(set(missing) - tied)}")
     model.tie_weights()
     return model.eval()
-
-
-def total_bytes(entries: Iterable[Entry]) -> int:
-    return sum(entry.size for entry in entries)

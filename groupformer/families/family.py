@@ -65,7 +65,8 @@ class Family:
         constants: Our fields that have one value in the whole family.
         weights: Native stems, relative to the native base model, to ours, relative to `GroupFormerModel`; `*` is the
             layer. Heads have the same names everywhere, see `weights.HEADS`.
-        legacy_names: Stems of older files, as regular expressions, to the stems that transformers uses today.
+        legacy_names: Names in older files, as regular expressions, to the names that transformers' modules have today.
+        file_names: Names of today's modules, as regular expressions, to those that files keep for compatibility.
         legacy_buffers: Regular expressions of tensors in older files that were never weights (masks, frequencies).
         tiny: Native config of a model for tests, small and unusual.
         examples: Options that real checkpoints use, each as changes to `tiny`; every one is tested for exactness.
@@ -77,6 +78,7 @@ class Family:
     constants: Mapping[str, Any]
     weights: Mapping[str, str | Weights]
     legacy_names: Mapping[str, str] = field(default_factory=dict)
+    file_names: Mapping[str, str] = field(default_factory=dict)
     legacy_buffers: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from .checkpoint import (
     shard_names,
     write_index,
 )
-from .convert import Conversion, plan_export, plan_import, source_names, target_entries
+from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
 from .operations import RENAME
 from .registry import family_named
 from .weights import Group
@@ -241,16 +241,20 @@ def write_weights(
     conversion: Conversion, source: SafetensorsSource | BinSource, folder: Path, max_bytes: int, progress: Progress
 ) -> None:
     names = source_names(conversion, source)
-    shards = plan_shards(target_entries(conversion, source, names), max_bytes)
+    pieces = (
+        (group, {file_name(conversion, name): entry for name, entry in entries.items()})
+        for group, entries in target_entries(conversion, source, names)
+    )
+    shards = plan_shards(pieces, max_bytes)
     contents = [{name: entry for _, entries in shard for name, entry in entries.items()} for shard in shards]
     total = sum(entry.size for content in contents for entry in content.values())
     files = shard_names(len(shards))
-    for number, (file_name, shard, content) in enumerate(zip(files, shards, contents), start=1):
+    for number, (shard_file, shard, content) in enumerate(zip(files, shards, contents), start=1):
 
         def advance(written: int, number: int = number) -> None:
             progress(number, len(shards), written, total)
 
-        with open(folder / file_name, "wb") as file:
+        with open(folder / shard_file, "wb") as file:
             file.write(header_of(content))
             for group, entries in shard:
                 write_group(conversion, source, names, group, entries, file, advance)
