@@ -77,6 +77,8 @@ class GroupFormerConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 2048):
             Longest sequence that the positions are made for. Learned and sinusoidal positions refuse longer ones;
             RoPE warns once; ALiBi and no positions have no limit.
+        position_offset (`int`, defaults to 0):
+            Row of the position table that the first token reads (OPT: 2). Learned positions only.
         rope_parameters (`dict`, *optional*, defaults to `{"rope_type": "default", "rope_theta": 10000.0}`):
             Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
         no_rope_layers (`list[int]`, *optional*):
@@ -175,6 +177,7 @@ class GroupFormerConfig(PreTrainedConfig):
     # Positions
     position_embedding_type: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     max_position_embeddings: int = 2048
+    position_offset: int = 0
     rope_parameters: RopeParameters | dict | None = None
     no_rope_layers: list[int] | None = None
     # Norms
@@ -393,6 +396,11 @@ class GroupFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be even with position_embedding_type='sinusoidal': "
                 "sines and cosines come in pairs"
+            )
+        if self.position_offset != 0 and (self.position_embedding_type != "learned" or self.position_offset < 0):
+            raise ValueError(
+                f"position_offset ({self.position_offset}) must be 0, or above it with "
+                f"position_embedding_type='learned'; it is {self.position_embedding_type!r}"
             )
         if self.no_rope_layers is None:
             return

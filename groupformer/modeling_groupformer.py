@@ -101,7 +101,9 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
 
 # Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
 ABSOLUTE_POSITIONS = {
-    "learned": lambda config: nn.Embedding(config.max_position_embeddings, config.hidden_size),
+    "learned": lambda config: nn.Embedding(
+        config.max_position_embeddings + config.position_offset, config.hidden_size
+    ),
     "sinusoidal": GroupFormerSinusoidalEmbedding,
 }
 
@@ -553,11 +555,11 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
-        hidden_states = inputs_embeds
-        if self.config.embedding_multiplier != 1.0:
-            hidden_states = hidden_states * self.config.embedding_multiplier
+        multiplier = self.config.embedding_multiplier
+        hidden_states = inputs_embeds if multiplier == 1.0 else inputs_embeds * multiplier
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
+            positions = self.embed_positions(position_ids + self.config.position_offset)
+            hidden_states = hidden_states + positions.to(hidden_states.dtype)
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
         return self.embed_dropout(hidden_states)
