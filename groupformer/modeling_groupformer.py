@@ -101,9 +101,7 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
 
 # Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
 ABSOLUTE_POSITIONS = {
-    "learned": lambda config: nn.Embedding(
-        config.max_position_embeddings + config.position_offset, config.hidden_size
-    ),
+    "learned": lambda it: nn.Embedding(it.max_position_embeddings + it.position_offset, it.hidden_size),
     "sinusoidal": GroupFormerSinusoidalEmbedding,
 }
 

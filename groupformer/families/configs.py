@@ -152,7 +152,11 @@ def read_config(native: PreTrainedConfig, family: Family) -> GroupFormerConfig:
 
 def plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A config's fields as JSON holds them."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
+    fields = json.loads(json.dumps(config.to_dict(), default=str))
+    for value in fields.values():
+        if isinstance(value, dict) and "architectures" in value:  # a config inside this one
+            value["dtype"] = None  # loading writes the model's dtype there; the file does not hold it
+    return fields
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -179,10 +183,10 @@ def config_class_of(family: Family) -> type[PreTrainedConfig]:
 
 def write_fields(ours: GroupFormerConfig, family: Family) -> dict[str, Any]:
     """Native fields, by the table, from ours."""
-    view = LayerView(ours)
+    view, declared = LayerView(ours), declared_fields(config_class_of(family))
     fields: dict[str, Any] = {}
     for name, row in table_of(family).items():
-        if isinstance(row, str):
+        if isinstance(row, str) and name in declared:
             fields[name] = getattr(view, row, None)
         elif isinstance(row, Required):
             fields[name] = row.values[0]

@@ -8,16 +8,23 @@ from .family import Family
 # A new family is one module of this name and one line here.
 NAMES = (
     "bloom",
+    "cohere",
+    "falcon",
     "gpt2",
     "gpt_bigcode",
     "gpt_neox",
+    "granite",
     "llama",
     "mistral",
+    "mpt",
     "olmo2",
+    "opt",
     "phi",
+    "phi3",
     "qwen2",
     "qwen3",
     "smollm3",
+    "stablelm",
     "starcoder2",
 )
 
@@ -25,7 +32,12 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (importlib.import_module(f"{__package__}.{name}").FAMILY for name in NAMES)
 }
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "gemma": "its embeddings are multiplied by a factor rounded to the weights' dtype, and its norms store their "
+    "weights minus one",
+    "gemma2": "it caps its scores and logits (attn_logit_softcapping, final_logit_softcapping), and has norms both "
+    "before and after each sublayer",
+}
 
 
 def family_named(model_type: str | None) -> Family:
