@@ -9,14 +9,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from ..tokenization_groupformer import SPECIAL_TOKENS, GroupFormerTokenizer
 
 
+# A run of white space up to its last line break. `*+` never gives back what it took: with a plain `*`, millions of
+# blanks without a line break would exceed the regular expression engine's limit on second tries, which is a panic.
+LINE_BREAKS = r"(?:[^\S\r\n]*+[\r\n]+)+"
+
 # What becomes one piece, before any merge. Every character matches some alternative, so nothing is lost.
 PIECES = "|".join(
     (
         r"(?i:['’](?:s|t|re|ve|m|ll|d))",  # the end of a contraction, with a straight or a curly apostrophe
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # a word, with the space, quote, dot or underscore before it
         r" ?\p{N}",  # one digit
-        r" ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+(?:[ \t]+(?![^ \t]))?)?",  # punctuation, with the line break that follows it
-        r"\s*[\r\n]+(?:[ \t]+(?!\S))?",  # line breaks and the indentation after them, less the space before a word
+        rf" ?[^\s\p{{L}}\p{{N}}]+(?:{LINE_BREAKS}(?:[ \t]+(?![^ \t]))?)?",  # punctuation, with line breaks after it
+        rf"{LINE_BREAKS}(?:[ \t]+(?!\S))?",  # line breaks and the indentation after them, less the space before a word
         r"\s+(?!\S)|\s+",  # other blanks, likewise
     )
 )
