@@ -90,6 +90,17 @@ def pack(documents: Iterable[list[int]], row_length: int) -> Iterator[dict[str, 
                 input_ids, position_ids = [], []
 
 
+def collate_flat(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Packed rows as one row, end to end: (1, rows * row_length).
+
+    Flash attention reads the limits of documents from the positions of a single row only; of a batch of rows it would
+    let documents see each other. The other backends read them from every row of a batch.
+    """
+    import torch
+
+    return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in rows[0]}
+
+
 def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str = "text") -> Any:
     """A dataset of packed rows: each text between the tokenizer's begin and end tokens, packed by `pack`.
 

@@ -7,6 +7,7 @@ that was cut off goes on from its last whole checkpoint, on the same data, to th
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
-from .data import load_files, tokenize_and_pack
+from .data import collate_flat, load_files, tokenize_and_pack
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
 
 
@@ -145,6 +146,12 @@ def bytes_per_token(rows: Any, tokenizer: Any) -> float:
     return sum(len(text.encode("utf-8")) for text in texts) / max(1, predicted)
 
 
+def packed_collator(model: Any) -> Callable:
+    """How packed rows become a batch, for the model's attention backend."""
+    is_flash = "flash" in (model.config._attn_implementation or "")
+    return collate_flat if is_flash else default_data_collator
+
+
 def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) -> TrainingArguments:
     """The recipe in Trainer's words."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -204,7 +211,7 @@ def pretrain(
         args=training_arguments(recipe, output, validation_rows is not None),
         train_dataset=train_rows,
         eval_dataset=validation_rows,
-        data_collator=default_data_collator,
+        data_collator=packed_collator(model),
         processing_class=tokenizer,
         callbacks=[SaveOnInterrupt()],
     )

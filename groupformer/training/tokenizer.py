@@ -62,8 +62,8 @@ def training_mix(prose: list[str], code: list[str]) -> Iterator[str]:
 def train_tokenizer(prose: list[str], code: list[str], vocab_size: int = 16384) -> GroupFormerTokenizer:
     """A byte-level BPE tokenizer (Sennrich et al. 2016, section 3.2, on bytes), of exactly `vocab_size` tokens.
 
-    The result depends on the texts and their order alone: the shipped vocabulary is what the defaults give for the
-    `textbooks` and `code` sets.
+    The result depends on the texts alone: the defaults, given the `textbooks` and `code` sets, write the vocabulary that
+    ships, byte for byte.
 
     Args:
         prose: Texts in natural language.
@@ -71,8 +71,11 @@ def train_tokenizer(prose: list[str], code: list[str], vocab_size: int = 16384) 
         vocab_size: Number of tokens, the special ones and the 256 bytes included.
 
     Raises:
-        ValueError: a vocabulary too small for bytes and special tokens, or texts too small to fill it.
+        ValueError: a vocabulary too small for bytes and special tokens, texts too small to fill it, or something among
+            the texts that is none.
     """
+    check_texts("prose", prose)
+    check_texts("code", code)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -101,13 +104,14 @@ def train_tokenizer(prose: list[str], code: list[str], vocab_size: int = 16384) 
 
 
 def evaluate_tokenizer(tokenizer: Any, texts: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
-    """Bytes, tokens and bytes per token of each named list of texts.
+    """Bytes (UTF-8), tokens and bytes per token of each named list of texts; special tokens are not added.
 
     Raises:
-        ValueError: a list without any text.
+        ValueError: a list without any text, or with something in it that is none.
     """
     rows = {}
     for name, items in texts.items():
+        check_texts(f"texts[{name!r}]", items)
         size = sum(len(text.encode("utf-8")) for text in items)
         if size == 0:
             raise ValueError(f"texts[{name!r}] is empty; give at least one text that is not")
@@ -115,3 +119,12 @@ def evaluate_tokenizer(tokenizer: Any, texts: Mapping[str, list[str]]) -> dict[s
         tokens = sum(len(input_ids) for input_ids in encoded)
         rows[name] = {"bytes": size, "tokens": tokens, "bytes_per_token": size / tokens}
     return rows
+
+
+def check_texts(name: str, texts: list[str]) -> None:
+    """Raises ValueError if `texts` is a single text, or holds anything else than texts, such as empty cells."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name} ({texts[:20]!r}) is a single text; give a list of texts")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{index}] ({text!r}) is not a text; leave such rows out")
