@@ -279,7 +279,7 @@ def test_a_label_that_training_never_saw_is_refused(sentences, tmp_path):
 def test_bad_fine_tuning_input_is_refused(sentences, tagged, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    uneven = bad_rows(tmp_path, [{"tokens": ["a", "b"], "tags": ["B-PER"]}])
+    uneven = bad_rows(tmp_path, [{"tokens": ["a", "b"], "tags": ["O"]}, {"tokens": ["a"], "tags": ["B-PER"]}])
     cases = [
         ({"task": "translation"}, "task ('translation') is unknown; choose from causal-lm"),
         ({"train_files": [str(empty)]}, "is empty; give one with at least one row"),
