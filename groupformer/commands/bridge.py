@@ -53,6 +53,9 @@ def export_command(
     file_format: Annotated[
         Format, typer.Option("--format", help="gguf: one file for llama.cpp.")
     ] = Format.safetensors,
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer/--no-tokenizer", help="Whether a GGUF file holds the tokenizer too.")
+    ] = True,
     overwrite: Overwrite = False,
     max_shard_size: ShardSize = 5.0,
 ) -> None:
@@ -61,7 +64,9 @@ def export_command(
         from ..families.gguf_writer import export_gguf
 
         with progress_bar("writing GGUF") as progress:
-            architecture = export_gguf(source, target, family=family, overwrite=overwrite, progress=progress)
+            architecture = export_gguf(
+                source, target, family=family, overwrite=overwrite, tokenizer=tokenizer, progress=progress
+            )
         typer.echo(f"{target}: GGUF of architecture {architecture}")
         return
     from ..families import export_folder

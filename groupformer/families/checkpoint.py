@@ -6,6 +6,7 @@ not mapped into memory: mapped pages would count as used. Legacy `.bin` files go
 
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -105,16 +106,9 @@ class SafetensorsSource:
     def copy(self, name: str, target: BinaryIO, advance: Advance) -> None:
         """Passes a tensor's bytes to a file as they are."""
         path, offset = self.places[name]
-        left = self.entries[name].size
-        buffer = memoryview(bytearray(min(left, COPY_BYTES)))
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
-            while left:
-                piece = buffer[: min(left, COPY_BYTES)]
-                read_exactly(file, piece, path)
-                target.write(piece)
-                left -= len(piece)
-                advance(len(piece))
+            copy_bytes(file, target, self.entries[name].size, path, advance)
 
 
 class BinSource:
@@ -143,6 +137,34 @@ class BinSource:
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path, advance: Advance) -> None:
+    """Copies the next `size` bytes between unbuffered files; inside the kernel, where it can."""
+    within_kernel = hasattr(os, "copy_file_range")
+    while size:
+        count = min(size, COPY_BYTES)
+        if within_kernel:
+            try:
+                count = os.copy_file_range(source.fileno(), target.fileno(), count)
+            except OSError:  # between file systems, or not known to this one; it says so before copying anything
+                within_kernel = False
+                continue
+            if count == 0:
+                raise ValueError(f"{path} ended early; it was shortened while it was read")
+        else:
+            buffer = memoryview(bytearray(count))
+            read_exactly(source, buffer, path)
+            write_all(target, buffer)
+        size -= count
+        advance(count)
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Writes to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:

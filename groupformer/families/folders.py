@@ -26,6 +26,7 @@ from .checkpoint import (
     header_of,
     open_checkpoint,
     shard_names,
+    write_all,
     write_index,
 )
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
@@ -254,8 +255,8 @@ def write_weights(
         def advance(written: int, number: int = number) -> None:
             progress(number, len(shards), written, total)
 
-        with open(folder / shard_file, "wb") as file:
-            file.write(header_of(content))
+        with open(folder / shard_file, "wb", buffering=0) as file:
+            write_all(file, header_of(content))
             for group, entries in shard:
                 write_group(conversion, source, names, group, entries, file, advance)
     if len(shards) > 1:
@@ -269,7 +270,7 @@ def write_group(conversion, source, names: dict[str, str], group: Group, entries
         return
     tensors = conversion.convert(group, [source.read(names[name]) for name in read])
     for tensor, entry in zip(tensors, entries.values()):
-        file.write(bytes_of(tensor))
+        write_all(file, bytes_of(tensor))
         advance(entry.size)
 
 

@@ -5,7 +5,7 @@ plan covers both sides completely, or there is no plan: no weight is forgotten o
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,20 @@ def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> S
     return shapes
 
 
+def rotary_dim_of(config: GroupFormerConfig) -> int:
+    """Leading features of a head that RoPE turns; 0 without RoPE."""
+    if not config.rope_parameters:
+        return 0
+    return int((config.head_dim or 0) * float(config.rope_parameters.get("partial_rotary_factor") or 1.0))
+
+
+def make_group(
+    native: tuple[str, ...], ours: tuple[str, ...], operation: Operation, config: GroupFormerConfig, our_shapes: Shapes
+) -> Group:
+    rows = tuple(our_shapes[name][0] for name in ours)
+    return Group(native, ours, operation, Context(config.head_dim or 0, rotary_dim_of(config), rows))
+
+
 def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_config: GroupFormerConfig) -> Plan:
     """The plan for one model.
 
@@ -114,17 +128,9 @@ def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_c
     bare = kind == "Model"
     prefix = "" if bare else f"{native_model.base_model_prefix}."
     our_prefix = "" if bare else "model."
-    rotary_dim = 0
-    if our_config.rope_parameters:
-        rotary_dim = int(our_config.head_dim * our_config.rope_parameters.get("partial_rotary_factor", 1.0))  # type: ignore[operator]
-
-    def build_group(native: tuple[str, ...], ours: tuple[str, ...], operation: Operation) -> Group:
-        rows = tuple(our_shapes[name][0] for name in ours)
-        return Group(native, ours, operation, Context(our_config.head_dim or 0, rotary_dim, rows))
-
     stems = [
         (prefix + native, [our_prefix + stem for stem in weights.stems], weights.operation)
-        for native, weights in expand(family, our_config.num_hidden_layers)
+        for native, weights in expand(family.weights, our_config.num_hidden_layers)
     ]
     stems += [(native, [ours], RENAME) for native, ours in HEADS.items()]
     groups = []
@@ -132,15 +138,15 @@ def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_c
         for suffix in (".weight", ".bias"):
             ours = tuple(stem + suffix for stem in our_stems)
             if native_stem + suffix in native_shapes and all(name in our_shapes for name in ours):
-                groups.append(build_group((native_stem + suffix,), ours, operation))
+                groups.append(make_group((native_stem + suffix,), ours, operation, our_config, our_shapes))
     refuse_uncovered(native_shapes, (name for group in groups for name in group.native), family.model_type)
     refuse_uncovered(our_shapes, (name for group in groups for name in group.ours), "groupformer")
     return Plan(groups, native_shapes, our_shapes, prefix)
 
 
-def expand(family: Family, num_layers: int) -> Iterable[tuple[str, Weights]]:
-    """The family's weight table with layer numbers for `*`, in the model's order: embeddings, layers, the rest."""
-    rows = [(name, row if isinstance(row, Weights) else Weights(row)) for name, row in family.weights.items()]
+def expand(table: Mapping[str, str | Weights], num_layers: int) -> Iterable[tuple[str, Weights]]:
+    """A weight table with layer numbers for `*`, in the model's order: embeddings, layers, the rest."""
+    rows = [(name, row if isinstance(row, Weights) else Weights(row)) for name, row in table.items()]
     layered = [row for row in rows if "*" in row[0]]
     first = rows.index(layered[0])
     yield from rows[:first]
