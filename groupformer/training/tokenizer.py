@@ -62,7 +62,7 @@ def training_mix(prose: list[str], code: list[str]) -> Iterator[str]:
 def train_tokenizer(prose: list[str], code: list[str], vocab_size: int = 16384) -> GroupFormerTokenizer:
     """A byte-level BPE tokenizer (Sennrich et al. 2016, section 3.2, on bytes), of exactly `vocab_size` tokens.
 
-    The result depends on the texts alone: the defaults, given the `textbooks` and `code` sets, write the vocabulary that
+    The result depends on the texts alone: of the `textbooks` and `code` sets, the defaults make the vocabulary that
     ships, byte for byte.
 
     Args:
