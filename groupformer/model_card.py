@@ -10,9 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 ATTRIBUTION = (
     "Contains text from OpenStax books, by their respective authors, © Rice University, OpenStax, licensed under "
     "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). The text was extracted from the source files and "
-    "changed: images, tables, most formulas, references and teaching boilerplate were removed, and repeated paragraphs "
-    "dropped. "
-    "Access the books for free at https://openstax.org."
+    "changed: images, tables, most formulas, references and teaching boilerplate were removed, and repeated "
+    "paragraphs dropped. Access the books for free at https://openstax.org."
 )
 
 
