@@ -26,6 +26,7 @@ register()
 LAZY = {
     "export_model": "families",
     "import_model": "families",
+    "regroup": "regrouping",
 }
 
 
@@ -47,4 +48,5 @@ __all__ = [
     "__version__",
     "export_model",
     "import_model",
+    "regroup",
 ]
