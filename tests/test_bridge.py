@@ -229,6 +229,17 @@ def test_generation_config_and_licence_travel_along_as_they_are(native, tmp_path
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.temperature == 0.25
 
 
+def test_our_tokenizer_is_exported_as_one_that_loads_without_us(tmp_path):
+    tokenizer = groupformer.GroupFormerTokenizer()
+    model = groupformer.GroupFormerForCausalLM(tiny_config(vocab_size=len(tokenizer), hidden_size=8))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "llama", family="llama")
+    assert "groupformer" not in (tmp_path / "llama" / "tokenizer_config.json").read_text().lower()
+    text = "Löss, 3 rivers\n\tand <|end|>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
 # What must not happen ------------------------------------------------------------------------------------------------
 
 

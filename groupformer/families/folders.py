@@ -181,6 +181,7 @@ def export_folder(
         write_weights(conversion, open_checkpoint(source_folder), folder, max_shard_bytes, progress)
         conversion.native_config.save_pretrained(folder)
         copy_companions(source_folder, folder)
+        free_tokenizer_of_our_code(folder)
     return conversion
 
 
@@ -295,6 +296,16 @@ def name_tokenizer(conversion: Conversion, source: Path) -> None:
     tokenizer_class = TOKENIZER_MAPPING_NAMES.get(conversion.family.model_type)
     if tokenizer_class is not None:
         conversion.our_config.tokenizer_class = tokenizer_class
+
+
+def free_tokenizer_of_our_code(folder: Path) -> None:
+    """A native checkpoint must load where GroupFormer is not, so our tokenizer becomes the plain class below it."""
+    path = folder / "tokenizer_config.json"
+    content = read_json(path) if path.exists() else {}
+    if content.get("tokenizer_class") == "GroupFormerTokenizer":
+        content.pop("auto_map", None)
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:
