@@ -57,23 +57,39 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     return sum(entry.size for entries in shards for entry in entries.values())
 
 
-# Runs a command from a small process and prints its seconds and peak kilobytes: a child that is started from a large
-# one counts its parent's memory too.
+# Starts a child from a small process and prints what it prints, and its peak kilobytes: a child that is started from a
+# large process counts its parent's memory too.
 LAUNCHER = """
-import os, subprocess, sys, time
-started = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+output = process.stdout.read()
 _, status, usage = os.wait4(process.pid, 0)
-print(status, time.perf_counter() - started, usage.ru_maxrss)
+print(status, output.strip() or 0, usage.ru_maxrss)
+"""
+
+# A child times its work by itself: starting Python and importing torch costs the same for a checkpoint of any size.
+TIMED = """
+import sys, time
+{imports}
+started = time.perf_counter()
+{work}
+print(time.perf_counter() - started)
 """
 
 
+def step(work: str, source: Path, target: Path, imports: str = "from groupformer.families import *") -> list[str]:
+    """The command of a step; `work` finds its folders in `sys.argv`."""
+    return [sys.executable, "-c", TIMED.format(imports=imports, work=work), str(source), str(target)]
+
+
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of a process of its own."""
-    launched = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
+    """Seconds of its work, and peak resident megabytes, of a process of its own."""
+    launched = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command], stdout=subprocess.PIPE, text=True, check=True
+    )
     status, seconds, kilobytes = launched.stdout.split()
     if status != "0":
-        raise RuntimeError(f"{' '.join(command)} failed; run it by hand")
+        raise RuntimeError(f"{' '.join(command)} failed")
     return float(seconds), float(kilobytes) / 1024
 
 
@@ -96,23 +112,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     work = Path(tempfile.mkdtemp(dir=arguments.folder))
-    command = [sys.executable, "-m", "groupformer.cli"]
-    copy = [sys.executable, "-c", "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])"]
-    shard_size = ["--max-shard-size", str(SHARD_GIGABYTES)]
+    copy = ("shutil.copytree(sys.argv[1], sys.argv[2])", work / "native", work / "copy", "import shutil")
+    sharded = f"max_shard_bytes={int(SHARD_GIGABYTES * 1e9)}"
     steps = {
-        "copy": [*copy, str(work / "native"), str(work / "copy")],
-        "import": [*command, "import", str(work / "native"), str(work / "ours"), *shard_size],
-        "export": [*command, "export", str(work / "ours"), str(work / "back"), *shard_size],
-        "copy again": [*copy, str(work / "ours"), str(work / "copy")],
+        "copy": step(*copy),
+        "import": step(f"import_folder(sys.argv[1], sys.argv[2], {sharded})", work / "native", work / "ours"),
+        "export": step(f"export_folder(sys.argv[1], sys.argv[2], {sharded})", work / "ours", work / "back"),
+        "copy again": step(*copy),
     }
     try:
         size = write_checkpoint(work / "native", arguments.gigabytes)
         os.sync()
         print(f"{size / 1e9:.2f} GB in {len(list((work / 'native').glob('*.safetensors')))} shards")
         results: dict = {"bytes": size}
-        for name, step in steps.items():
+        for name, command in steps.items():
             shutil.rmtree(work / "copy", ignore_errors=True)
-            seconds, megabytes = measure(step)
+            seconds, megabytes = measure(command)
             os.sync()  # the next step must not pay for this one's writes
             results[name] = {"seconds": seconds, "MB/s": size / 1e6 / seconds, "peak MB": megabytes}
             print(f"{name:>10}: {seconds:6.1f} s, {size / 1e6 / seconds:6.0f} MB/s, peak {megabytes:5.0f} MB")
