@@ -104,8 +104,9 @@ def runs(reference: str | None) -> dict[str, tuple[str, dict]]:
     for task in TASKS:
         for direction in ("causal", "bidirectional"):
             for tuning in ("full", "lora"):
-                options = {"bidirectional": direction == "bidirectional", "lora": tuning == "lora"}
-                table[f"{task}, fresh, {direction}, {tuning}"] = task, {"config": FRESH, **options}
+                lora = tuning == "lora"
+                options = {"bidirectional": direction == "bidirectional", "lora": lora}
+                table[f"{task}, fresh, {direction}, {tuning}"] = task, {"config": FRESH, "merge": lora, **options}
                 if reference:
                     table[f"{task}, reference, {direction}, {tuning}"] = task, {"model": reference, **options}
     return table

@@ -1,8 +1,10 @@
 """`groupformer finetune`."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +55,7 @@ def finetune(
         test_files=test_file or [],
         dataset=dataset,
         model=model,
-        config=json.loads(config),
+        config=parse_fields(config),
         tokenizer=tokenizer,
         text_column=text_column,
         label_column=label_column,
@@ -67,10 +69,24 @@ def finetune(
         max_length=max_length,
         seed=seed,
     )
-    results = finetuning.finetune(recipe, output, resume=resume, overwrite=overwrite)
+    # Trainer prints what it logs; with --json, stdout holds the results alone.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = finetuning.finetune(recipe, output, resume=resume, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps(results))
         return
     from ..tables import print_table
 
     print_table(f"{task}, saved to {output}", ["figure", "value"], [list(item) for item in results.items()])
+
+
+def parse_fields(text: str) -> Any:
+    """The fields of a model, as `--config` gives them.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config ({text}) is not JSON ({error}); write it like '{{\"hidden_size\": 256}}'") from error

@@ -1,6 +1,8 @@
 """`groupformer pretrain`."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +53,9 @@ def pretrain(
         learning_rate=learning_rate,
         seed=seed,
     )
-    results = pretraining.pretrain(plan, output, resume=resume, overwrite=overwrite)
+    # Trainer prints what it logs; with --json, stdout holds the results alone.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = pretraining.pretrain(plan, output, resume=resume, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps(results))
         return

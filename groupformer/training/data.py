@@ -6,6 +6,7 @@ from typing import Any
 
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+TEXT_TYPES = ("string", "large_string")
 
 
 def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
@@ -29,9 +30,15 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
             raise ValueError(f"file ({path}) is empty; give one with at least one row")
     kind = kinds.pop()
     options: dict[str, Any] = {"sample_by": "document"} if kind == ".txt" else {"sep": "\t"} if kind == ".tsv" else {}
-    dataset = load_dataset(
-        BUILDERS[kind], data_files=[str(path) for path in paths], split="train", streaming=streaming, **options
-    )
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        dataset = load_dataset(
+            BUILDERS[kind], data_files=[str(path) for path in paths], split="train", streaming=streaming, **options
+        )
+    except DatasetGenerationError as error:  # its cause says what is wrong, it itself does not
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"files ({names}) cannot be read: {error.__cause__}; check their format") from error
     if not streaming and len(dataset) == 0:
         raise ValueError(f"files ({', '.join(map(str, paths))}) have no rows; give files with at least one")
     return dataset
@@ -66,6 +73,15 @@ def require_column(dataset: Any, column: str) -> None:
     """Raises ValueError if the dataset has no such column."""
     if dataset.column_names is not None and column not in dataset.column_names:
         raise ValueError(f"column ({column!r}) is not in the data; choose from {', '.join(dataset.column_names)}")
+
+
+def require_text(dataset: Any, column: str) -> None:
+    """Raises ValueError if the dataset has no such column, or if not every row of it is text."""
+    require_column(dataset, column)
+    if dataset.features is not None and getattr(dataset.features[column], "dtype", None) not in TEXT_TYPES:
+        raise ValueError(f"column ({column!r}) holds {dataset.features[column]}, not text; choose a column of text")
+    if hasattr(dataset, "__len__") and None in dataset[column]:
+        raise ValueError(f"column ({column!r}) has rows without text; remove them")
 
 
 def pack(documents: Iterable[list[int]], row_length: int) -> Iterator[dict[str, list[int]]]:
@@ -107,9 +123,11 @@ def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str
     Works on `Dataset` (tokenized once, and cached by `datasets`) and `IterableDataset` (on the fly). Rows never span
     two batches of 1,000 texts, so at most one short row in a thousand texts is left out.
     """
-    require_column(dataset, column)
+    require_text(dataset, column)
 
     def rows(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        if None in batch[column]:
+            raise ValueError(f"column ({column!r}) has rows without text; remove them")
         encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,6 +1,7 @@
 """Fine-tuning, full or with LoRA, for the tasks of `tasks.py`, on transformers' Trainer."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,18 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerTokenizer
-from .data import load_files, require_column
-from .run import SaveOnInterrupt, last_checkpoint, prepare_output
+from .data import expand, load_files, require_column
+from .pretraining import packed_collator
+from .recipes import check_model_fields, check_recipe, check_source, pick_train
+from .run import LengthGroupedTrainer, SaveOnInterrupt, last_checkpoint, prepare_output
 from .tasks import TASKS
+
+
+RANGES = {
+    **dict.fromkeys(("batch_size", "lora_rank", "max_length"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "learning_rate", "weight_decay", "seed"), (0, math.inf)),
+    "warmup_ratio": (0, 1),
+}
 
 
 @dataclass
@@ -30,7 +40,7 @@ class FinetuneRecipe:
         bidirectional: Let every token see all others (`is_causal=False`); not for causal-lm.
         lora: Train low-rank adapters (Hu et al. 2021) instead of all weights.
         lora_rank: Their rank; alpha is twice that.
-        merge: Merge the adapters into the saved model; otherwise the adapter alone is saved.
+        merge: Merge the adapters into the saved model; otherwise the adapter alone is saved, which needs `model`.
         epochs, batch_size, learning_rate, weight_decay, warmup_ratio: As usual. The learning rate defaults to 1e-3
             with LoRA and to 3e-4 without.
         max_length: Cut texts to so many tokens; by default they stay whole. Of causal-lm, the length of packed rows.
@@ -70,28 +80,43 @@ class FinetuneRecipe:
             )
         if self.merge and not self.lora:
             raise ValueError("merge (True) needs lora=True: without adapters there is nothing to merge")
-        for name in ("epochs", "batch_size", "lora_rank"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        if self.lora and self.model is None and not self.merge:
+            raise ValueError(
+                "lora (True) saves the adapter alone, and its fresh base would be lost; give model or merge"
+            )
+        if self.model is not None and self.config:
+            raise ValueError("config is for fresh models, but model is given; leave one of the two out")
+        check_recipe(self, RANGES)
+        for name in ("epochs", "learning_rate"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} (0.0) must be above 0, or nothing is learnt")
+        check_model_fields(self.config)
+        check_source("model", self.model)
+        check_source("tokenizer", self.tokenizer)
 
 
 def load_splits(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The raw rows of train, validation and, where given, test."""
+    """The raw rows of train and, where given, validation and test."""
     if bool(recipe.train_files) == (recipe.dataset is not None):
         raise ValueError("give either train files or a dataset, and not both")
     if recipe.dataset is not None:
         from datasets import load_dataset
 
-        splits = dict(load_dataset(recipe.dataset))
+        splits = pick_train(load_dataset(recipe.dataset), recipe.dataset)
     else:
         files = {"train": recipe.train_files, "validation": recipe.validation_files, "test": recipe.test_files}
         splits = {name: load_files(paths) for name, paths in files.items() if paths}
-    if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise ValueError("train has 1 row, too few to hold some out; give more rows, or validation files")
-        halves = splits["train"].train_test_split(test_size=max(1, len(splits["train"]) // 10), seed=recipe.seed)
-        splits["train"], splits["validation"] = halves["train"], halves["test"]
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def hold_out(splits: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The splits, with a tenth of train as validation where there is none."""
+    if "validation" in splits:
+        return splits
+    if len(splits["train"]) < 2:
+        raise ValueError("train has 1 row, too few to hold some out; give more rows, or validation files")
+    parts = splits["train"].train_test_split(test_size=max(1, len(splits["train"]) // 10), seed=seed)
+    return {**splits, "train": parts["train"], "validation": parts["test"]}
 
 
 def find_column(dataset: Any, wanted: str | None, known: tuple[str, ...], what: str) -> str:
@@ -130,8 +155,6 @@ def load_model(recipe: FinetuneRecipe, task: Any, tokenizer: Any) -> Any:
         tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = GroupFormerConfig(**{"vocab_size": len(tokenizer), **tokens, **options, **recipe.config})
         return task.auto_class.from_config(config)
-    if recipe.config:
-        raise ValueError("config is for fresh models, but model is given; leave one of the two out")
     config = AutoConfig.from_pretrained(recipe.model, **options)
     return task.auto_class.from_pretrained(recipe.model, config=config, dtype=torch.float32)
 
@@ -177,13 +200,13 @@ def training_arguments(recipe: FinetuneRecipe, task: Any, output: Path, steps: i
         load_best_model_at_end=True,
         metric_for_best_model=task.best_metric,
         greater_is_better=task.greater_is_better,
-        train_sampling_strategy="random" if recipe.task == "causal-lm" else "group_by_length",
         logging_steps=max(1, steps // 20),
         prediction_loss_only=recipe.task == "causal-lm",
         bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
         use_cpu=not torch.accelerator.is_available(),
         report_to=[],
         seed=recipe.seed,
+        data_seed=recipe.seed,
     )
 
 
@@ -213,6 +236,55 @@ def finetune(
     output = Path(output)
     set_seed(recipe.seed)
     splits = load_splits(recipe)
+    tokenizer = load_tokenizer(recipe)
+    task = build_task(recipe, splits, tokenizer)
+    rows = encode(task, hold_out(splits, recipe.seed))
+    model = load_model(recipe, task, tokenizer)
+    check_lengths(model, rows)
+    files = [*recipe.train_files, *recipe.validation_files, *recipe.test_files]
+    inputs: list[str | Path] = [*(expand(files) if files else [])]
+    inputs += [source for source in (recipe.model, recipe.tokenizer) if source is not None]
+    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
+    if recipe.lora:
+        model = add_lora(model, recipe, task)
+
+    steps = max(1, math.ceil(recipe.epochs * math.ceil(len(rows["train"]) / recipe.batch_size)))
+    predicts_text = recipe.task == "causal-lm"
+    on_interrupt = SaveOnInterrupt()
+    trainer = (Trainer if predicts_text else LengthGroupedTrainer)(
+        model=model,
+        args=training_arguments(recipe, task, output, steps),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=packed_collator(model) if predicts_text else task.collator,
+        processing_class=tokenizer,
+        compute_metrics=None if predicts_text else task.compute_metrics,
+        preprocess_logits_for_metrics=None if predicts_text else best_answers,
+        callbacks=[on_interrupt],
+    )
+    with on_interrupt:
+        outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    results: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "train_seconds": outcome.metrics["train_runtime"],
+    }
+    for name in rows:
+        if name != "train":
+            scores = trainer.evaluate(rows[name], metric_key_prefix=name)
+            results |= {key: value for key, value in scores.items() if is_score(key, name)}
+    model.config.use_cache = True  # Trainer turns it off for training, and would save that
+    save(trainer, recipe, output)
+    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    return results
+
+
+def build_task(recipe: FinetuneRecipe, splits: dict[str, Any], tokenizer: Any) -> Any:
+    """The task with the columns and labels of the training rows, all of them: also those to be held out.
+
+    Raises:
+        ValueError: a column that is not there, in any split.
+    """
     task_class = TASKS[recipe.task]
     text_column = find_column(splits["train"], recipe.text_column, task_class.text_columns, "text_column")
     label_column = ""
@@ -221,43 +293,22 @@ def finetune(
     for split in splits.values():
         for column in filter(None, (text_column, label_column)):
             require_column(split, column)
-    tokenizer = load_tokenizer(recipe)
     task = task_class(tokenizer, text_column, label_column, recipe.max_length, causal=not recipe.bidirectional)
     task.learn_labels(splits["train"])
+    return task
+
+
+def encode(task: Any, splits: dict[str, Any]) -> dict[str, Any]:
+    """The splits as token ids and labels.
+
+    Raises:
+        ValueError: a row or label that the task cannot use, or a split of which nothing is left.
+    """
     rows = {name: task.encode(split, name) for name, split in splits.items()}
     for name, split in rows.items():
         if not len(split):
             raise ValueError(f"{name} has no rows after tokenizing; give more text, or a smaller max_length")
-    model = load_model(recipe, task, tokenizer)
-    check_lengths(model, rows)
-    prepare_output(output, resume=resume, overwrite=overwrite)
-    if recipe.lora:
-        model = add_lora(model, recipe, task)
-
-    steps = max(1, round(recipe.epochs * len(rows["train"]) / recipe.batch_size))
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(recipe, task, output, steps),
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        data_collator=task.collator,
-        processing_class=tokenizer,
-        compute_metrics=None if recipe.task == "causal-lm" else task.compute_metrics,
-        preprocess_logits_for_metrics=None if recipe.task == "causal-lm" else best_answers,
-        callbacks=[SaveOnInterrupt()],
-    )
-    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
-    results: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "train_seconds": outcome.metrics["train_runtime"],
-    }
-    for name in rows.keys() - {"train"}:
-        scores = trainer.evaluate(rows[name], metric_key_prefix=name)
-        results |= {key: value for key, value in scores.items() if is_score(key, name)}
-    save(trainer, recipe, output)
-    (output / "results.json").write_text(json.dumps(results, indent=2))
-    return results
+    return rows
 
 
 def is_score(key: str, split: str) -> bool:

@@ -17,8 +17,17 @@ import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
-from .data import collate_flat, load_files, tokenize_and_pack
+from .data import collate_flat, expand, load_files, tokenize_and_pack
+from .recipes import check_model_fields, check_recipe, check_source, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
+
+
+COUNTS = ("row_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps")
+RANGES = {
+    **dict.fromkeys((*COUNTS, "logging_steps"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "seed"), (0, math.inf)),
+    "warmup_ratio": (0, 1),
+}
 
 
 @dataclass
@@ -63,11 +72,11 @@ class PretrainRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("row_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate ({self.learning_rate}) must be above 0")
+        check_recipe(self, RANGES)
+        check_model_fields(self.model)
+        check_source("tokenizer", self.tokenizer)
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate (0.0) must be above 0, or nothing is learnt")
 
     @classmethod
     def from_file(cls, path: str | Path | None, **overrides: Any) -> "PretrainRecipe":
@@ -80,7 +89,10 @@ class PretrainRecipe:
         if path is not None:
             if not Path(path).is_file():
                 raise ValueError(f"recipe ({path}) is not there; check the path")
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            try:
+                fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"recipe ({path}) is not YAML: {error}") from error
             if not isinstance(fields, dict):
                 raise ValueError(f"recipe ({path}) must be a mapping of fields to values")
         fields.update({name: value for name, value in overrides.items() if value is not None})
@@ -123,7 +135,7 @@ def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     if recipe.dataset is not None:
         from datasets import load_dataset
 
-        splits = load_dataset(recipe.dataset, streaming=recipe.streaming)
+        splits = pick_train(load_dataset(recipe.dataset, streaming=recipe.streaming), recipe.dataset)
         train, validation = splits["train"], splits.get("validation")
     else:
         train = load_files(recipe.train_files, streaming=recipe.streaming)
@@ -132,18 +144,35 @@ def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
         None if split is None else tokenize_and_pack(split, tokenizer, recipe.row_length, recipe.text_column)
         for split in (train, validation)
     ]
-    if not recipe.streaming and not len(rows[0]):
-        raise ValueError(
-            f"row_length ({recipe.row_length}) is longer than all the training text; choose a shorter row"
-        )
+    for name, split in zip(("training", "validation"), rows):
+        if hasattr(split, "__len__") and not len(split):
+            raise ValueError(
+                f"row_length ({recipe.row_length}) is longer than all the {name} text; choose a shorter row"
+            )
     return rows[0], rows[1]
 
 
 def bytes_per_token(rows: Any, tokenizer: Any) -> float:
-    """UTF-8 bytes of text behind each predicted token of packed rows, to turn losses into bits per byte."""
-    texts = tokenizer.batch_decode(list(rows["input_ids"]), skip_special_tokens=True)
-    predicted = sum(label != -100 for labels in rows["labels"] for label in labels)
-    return sum(len(text.encode("utf-8")) for text in texts) / max(1, predicted)
+    """UTF-8 bytes of text behind each predicted token of packed rows, to turn losses into bits per byte.
+
+    Only predicted tokens count: the first of each row and document is neither in the loss nor in the bytes.
+    """
+    predicted = [[label for label in labels if label != -100] for labels in rows["labels"]]
+    texts = tokenizer.batch_decode(predicted, skip_special_tokens=True)
+    return sum(len(text.encode("utf-8")) for text in texts) / max(1, sum(map(len, predicted)))
+
+
+class PackedTrainer(Trainer):
+    """Trainer that logs the validation loss in bits per byte as well, comparable across tokenizers."""
+
+    def __init__(self, *args, validation_bytes_per_token: float | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validation_bytes_per_token = validation_bytes_per_token
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs and self.validation_bytes_per_token:
+            logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.validation_bytes_per_token
+        super().log(logs, start_time)
 
 
 def packed_collator(model: Any) -> Callable:
@@ -205,31 +234,35 @@ def pretrain(
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
     model = build_model(recipe, tokenizer)
     train_rows, validation_rows = load_splits(recipe, tokenizer)
-    prepare_output(output, resume=resume, overwrite=overwrite)
-    trainer = Trainer(
+    countable = hasattr(validation_rows, "__len__")
+    inputs = expand([*recipe.train_files, *recipe.validation_files]) if recipe.train_files else []
+    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
+    on_interrupt = SaveOnInterrupt()
+    trainer = PackedTrainer(
         model=model,
         args=training_arguments(recipe, output, validation_rows is not None),
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         data_collator=packed_collator(model),
         processing_class=tokenizer,
-        callbacks=[SaveOnInterrupt()],
+        callbacks=[on_interrupt],
+        validation_bytes_per_token=bytes_per_token(validation_rows, tokenizer) if countable else None,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    with on_interrupt:
+        trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
 
+    tokens_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * recipe.row_length
     results: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step
-        * recipe.batch_size
-        * recipe.gradient_accumulation_steps
-        * recipe.row_length,
+        "tokens": trainer.state.global_step * tokens_per_step,
         "parameters": model.num_parameters(),
     }
     if validation_rows is not None:
-        loss = trainer.evaluate()["eval_loss"]
-        results["validation_loss"] = loss
-        if not recipe.streaming:
-            results["validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token(validation_rows, tokenizer)
+        scores = trainer.evaluate()
+        results["validation_loss"] = scores["eval_loss"]
+        if "eval_bits_per_byte" in scores:
+            results["validation_bits_per_byte"] = scores["eval_bits_per_byte"]
+    model.config.use_cache = True  # Trainer turns it off for training, and would save that
     trainer.save_model(str(output))
     (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
     return results

@@ -2,24 +2,39 @@
 
 import shutil
 import signal
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 
-def prepare_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Makes the output folder, or empties it where `overwrite` says so.
 
+    Args:
+        output: The folder.
+        resume: Keep what is in it.
+        overwrite: Delete what is in it.
+        inputs: Files and folders that the run reads, which are never deleted.
+
     Raises:
-        ValueError: the folder is not empty and neither `resume` nor `overwrite` is given, or it is a file.
+        ValueError: the folder is not empty and neither `resume` nor `overwrite` is given, or it is a file, or emptying
+            it would delete an input or the folder that one works in.
     """
     if output.is_file():
         raise ValueError(f"output ({output}) is a file; choose a folder")
     if output.is_dir() and any(output.iterdir()):
         if overwrite and not resume:
-            shutil.rmtree(output)
+            keep = [Path.cwd(), Path.home(), *(Path(path).resolve() for path in inputs)]
+            lost = [path for path in keep if path.is_relative_to(output.resolve())]
+            if lost:
+                raise ValueError(f"output ({output}) holds {lost[0]}, which overwrite would delete; choose another")
+            shutil.rmtree(output.resolve())
         elif not resume:
             raise ValueError(f"output ({output}) is not empty; choose another folder, or pass --resume or --overwrite")
     output.mkdir(parents=True, exist_ok=True)
@@ -40,15 +55,24 @@ def last_checkpoint(output: Path) -> str | None:
 class SaveOnInterrupt(TrainerCallback):
     """Turns Ctrl-C into an orderly stop: the step ends, a checkpoint is saved, and KeyboardInterrupt is raised.
 
-    A second Ctrl-C stops at once, without saving.
+    A callback of Trainer and a context around `trainer.train()`. A second Ctrl-C stops at once, without saving.
+    Outside the main thread Python allows no handlers; there it does nothing.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
         self.previous: Any = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+    def __enter__(self) -> "SaveOnInterrupt":
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.previous)
+        if self.interrupted and error is None:
+            raise KeyboardInterrupt
 
     def handle(self, signal_number, frame) -> None:
         if self.interrupted:
@@ -56,12 +80,45 @@ class SaveOnInterrupt(TrainerCallback):
         self.interrupted = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
+        # After the last step of an epoch its evaluation comes first, which a resumed run would not make up for.
+        if self.interrupted and state.epoch != int(state.epoch):
             control.should_save = True
-            control.should_training_stop = True
         return control
 
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        # Stopping through `control` would evaluate first, move the random numbers, and perhaps delete this checkpoint.
         if self.interrupted:
             raise KeyboardInterrupt
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that depends on seed and epoch only.
+
+    Transformers' own sampler draws from the global generator, so a resumed epoch would see other batches.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class LengthGroupedTrainer(Trainer):
+    """Trainer whose batches hold rows of like length, also after a resume in the middle of an epoch."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthSampler([len(input_ids) for input_ids in rows["input_ids"]], batch_size, self.args.seed)

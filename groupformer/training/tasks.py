@@ -12,7 +12,7 @@ from transformers import (
     default_data_collator,
 )
 
-from .data import tokenize_and_pack
+from .data import require_text, tokenize_and_pack
 
 
 IGNORED = -100  # the label that losses and scores pass over
@@ -90,8 +90,9 @@ class SequenceClassificationTask(CausalLMTask):
     def encode(self, dataset: Any, name: str) -> Any:
         labels = self.row_labels(dataset)
         ids = self.check_labels(labels, name)
+        require_text(dataset, self.text_column)
         encoded = self.tokenizer(list(dataset[self.text_column]), **self.truncation)
-        return make_dataset(encoded, [ids[row[0]] for row in labels])
+        return make_dataset(encoded, [ids[row[0]] for row in labels], name)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         return class_metrics(prediction.label_ids, prediction.predictions)
@@ -128,6 +129,7 @@ class TokenClassificationTask(SequenceClassificationTask):
     def encode(self, dataset: Any, name: str) -> Any:
         labels = self.row_labels(dataset)
         ids = self.check_labels(labels, name)
+        require_words(dataset, self.text_column)
         words = [spaced(self.tokenizer, row) for row in dataset[self.text_column]]
         for index, (row, tags) in enumerate(zip(words, labels)):
             if len(row) != len(tags):
@@ -142,7 +144,7 @@ class TokenClassificationTask(SequenceClassificationTask):
             token_labels.append(
                 [ids[tags[word]] if word is not None and counts else IGNORED for word, counts in zip(word_ids, scored)]
             )
-        return make_dataset(encoded, token_labels)
+        return make_dataset(encoded, token_labels, name)
 
     def scored(self, word_ids: list[int | None]) -> list[bool]:
         """Which tokens stand for their words when tags are scored."""
@@ -202,11 +204,27 @@ def label_names(dataset: Any, column: str) -> list[list[str]]:
     return [[classes[label] if classes else str(label) for label in row] for row in rows]
 
 
-def make_dataset(encoded: Any, labels: list) -> Any:
-    """Token ids, attention mask and labels as a dataset."""
+def require_words(dataset: Any, column: str) -> None:
+    """Raises ValueError if a column does not hold lists of words."""
+    for index, row in enumerate(dataset[column]):
+        if not isinstance(row, list) or not all(isinstance(word, str) for word in row):
+            raise ValueError(
+                f"column ({column!r}), row {index}, is not a list of words; choose a column of such lists"
+            )
+
+
+def make_dataset(encoded: Any, labels: list, name: str) -> Any:
+    """Token ids, attention mask and labels as a dataset.
+
+    Raises:
+        ValueError: a row without any token.
+    """
     from datasets import Dataset
 
-    columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    for index, input_ids in enumerate(encoded["input_ids"]):
+        if not input_ids:
+            raise ValueError(f"{name}, row {index}, is empty; remove such rows")
+    columns = {column: encoded[column] for column in ("input_ids", "attention_mask")}
     return Dataset.from_dict({**columns, "labels": labels})
 
 
