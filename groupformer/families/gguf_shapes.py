@@ -218,5 +218,6 @@ def refuse_inexact(config: GroupFormerConfig, family: str) -> Architecture:
         )
     if not architecture.rope_factors and (config.rope_parameters or {}).get("rope_type") == "llama3":
         raise ValueError(f"rope_parameters ({config.rope_parameters}) is not computed by llama.cpp for {family}")
+    rope_metadata(config)  # refuses kinds of RoPE that have no keys
     architecture.check(config)
     return architecture
