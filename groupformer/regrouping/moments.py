@@ -1,6 +1,6 @@
 """What the inputs of attention look like: their second moment, measured on text or told by the norm before them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,3 +115,23 @@ def measure_moments(model: Any, calibration: torch.Tensor) -> list[Moment]:
 def adder(moment: Moment) -> Callable:
     """A forward pre-hook that counts a module's inputs."""
     return lambda module, inputs: moment.add(inputs[0])
+
+
+def calibration_from_texts(
+    texts: Iterable[str], tokenizer: Any, config: GroupFormerConfig, tokens: int = 16_384, row_length: int = 512
+) -> torch.Tensor:
+    """Token ids (batch, row_length) of texts, end to end, up to so many tokens; a last short row is left out.
+
+    Texts that fill no row make one shorter row.
+    """
+    if config.position_embedding_type in ("learned", "sinusoidal"):
+        row_length = min(row_length, config.max_position_embeddings)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    input_ids: list[int] = []
+    for text in texts:
+        input_ids += begin + tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if len(input_ids) >= tokens:
+            break
+    row_length = max(1, min(row_length, len(input_ids)))
+    rows = min(tokens, len(input_ids)) // row_length
+    return torch.tensor(input_ids[: rows * row_length], dtype=torch.long).view(rows, row_length)

@@ -1,0 +1,184 @@
+"""`groupformer regroup`, `groupformer uptrain` and `groupformer eval`: fewer key-value heads, and what they cost."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bridge import Overwrite, ShardSize, Source, Target, progress_bar
+
+
+TextColumn = Annotated[str, typer.Option(help="The column with the text.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("regroup")(regroup_command)
+    app.command()(uptrain)
+    app.command("eval")(eval_command)
+
+
+def regroup_command(
+    source: Source,
+    target: Target,
+    kv_heads: Annotated[str, typer.Option(help="New number of key-value heads in every layer; or auto.")],
+    budget: Annotated[float | None, typer.Option(help="With auto: the share of the present cache to keep.")] = None,
+    method: Annotated[str, typer.Option(help="first, random, mean, aligned or svd.")] = "svd",
+    grouping: Annotated[
+        str, typer.Option(help="adjacent, or similar: the heads that lose least together.")
+    ] = "adjacent",
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text to measure the inputs on: files, patterns; repeatable.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read.")] = 16384,
+    text_column: TextColumn = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the method random.")] = 0,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = 5.0,
+) -> None:
+    """Give a GroupFormer checkpoint fewer key-value heads: multi-head becomes grouped- or multi-query.
+
+    It streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs.
+
+    Example: groupformer regroup big small --kv-heads 2 --calibration book.txt
+    """
+    from ..regrouping.streaming import regroup_folder
+
+    with progress_bar("regrouping") as progress:
+        config = regroup_folder(
+            source,
+            target,
+            "auto" if kv_heads == "auto" else whole_number("kv-heads", kv_heads),
+            method=method,
+            grouping=grouping,
+            calibration=calibration_reader(calibration, text_column, calibration_tokens) if calibration else None,
+            budget=budget,
+            seed=seed,
+            overwrite=overwrite,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            progress=progress,
+        )
+    counts = [layer.num_key_value_heads for layer in config.per_layer_config]
+    shown = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts)) + " by layer"
+    typer.echo(f"{target}: {config.num_attention_heads} query heads, key-value heads: {shown}")
+
+
+def whole_number(name: str, text: str) -> int:
+    """The number that an option holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not text.lstrip("-").isdecimal():
+        raise ValueError(f"--{name} ({text!r}) must be a whole number or auto")
+    return int(text)
+
+
+def calibration_reader(files: list[str], text_column: str, tokens: int) -> Any:
+    """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now."""
+    from transformers import AutoTokenizer
+
+    from ..regrouping.moments import calibration_from_texts
+    from ..training.data import read_column
+
+    texts = read_column(files, text_column)
+    return lambda folder, config: calibration_from_texts(texts, AutoTokenizer.from_pretrained(folder), config, tokens)
+
+
+def uptrain(
+    source: Source,
+    data: Annotated[list[str], typer.Option(help="Text to train on: files, patterns; repeatable.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; 5 % of pre-training is a good start.")],
+    teacher: Annotated[str | None, typer.Option(help="The original: folder or Hub id.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")] = Path("runs/uptrain"),
+    validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a 20th of the rows.")] = None,
+    kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.")] = 1.0,
+    ce_weight: Annotated[float, typer.Option(help="Of the text's own cross-entropy.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Of both distributions in the divergence.")] = 1.0,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters, merged at the end.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    text_column: TextColumn = "text",
+    row_length: Annotated[int, typer.Option(min=2, help="Tokens in a packed row.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per device in one forward pass.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-4, with LoRA 1e-3.")] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="How often to evaluate and save on the way.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Win back what a merge lost: train a regrouped model on text, distilling from the original.
+
+    Example: groupformer uptrain small --teacher big --data 'books/*.parquet' --tokens 1000000 --output runs/uptrain
+    """
+    from ..regrouping import uptraining
+
+    recipe = uptraining.UptrainRecipe(
+        model=source,
+        teacher=teacher,
+        train_files=data,
+        validation_files=validation_file or [],
+        tokens=tokens,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        temperature=temperature,
+        lora=lora,
+        lora_rank=lora_rank,
+        text_column=text_column,
+        row_length=row_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        evaluations=evaluations,
+        seed=seed,
+    )
+    # Trainer prints what it logs; with --json, stdout holds the results alone.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = uptraining.uptrain(recipe, output, resume=resume, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(results))
+        return
+    from ..tables import print_table
+
+    curve = [list(point.values()) for point in results["curve"]]
+    print_table(f"Uptraining, saved to {output}", ["tokens", "validation loss", "bits per byte"], curve)
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of any causal language model.")],
+    file: Annotated[list[str], typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")],
+    text_column: TextColumn = "text",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the model's.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once. Default: 1024, or all positions.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens the window moves on. Default: half a window.")] = None,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="Score the first so many documents.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 4,
+    device: Annotated[str | None, typer.Option(help="Default: the accelerator, if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 …; auto keeps the checkpoint's.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure bits per byte and perplexity on held-out text, with sliding windows.
+
+    Example: groupformer eval runs/reference --file 'books/test-*.parquet'
+    """
+    from ..evaluation import evaluate_checkpoint
+    from ..training.data import read_column
+
+    texts = read_column(file, text_column)[:max_documents]
+    results = evaluate_checkpoint(
+        model,
+        texts,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+    )
+    if as_json:
+        typer.echo(json.dumps(results))
+        return
+    from ..tables import print_table
+
+    print_table(f"{model} on {', '.join(file)}", ["figure", "value"], [list(item) for item in results.items()])

@@ -1,0 +1,195 @@
+"""How well a causal language model predicts text: bits per byte and perplexity, with sliding windows.
+
+Each document is read by itself. Windows of `window` tokens move on by `stride`; a window scores only the tokens that
+no earlier window scored, so every token is scored once, with at least `window - stride` tokens before it (fewer only
+at the document's start). Bits per byte does not depend on the tokenizer; perplexity is per token, and does.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+DEFAULT_WINDOW = 1024
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that a model sees at once, and how many of the last ones are scored."""
+
+    input_ids: list[int]
+    scored: int
+
+
+def windows_of(input_ids: list[int], window: int, stride: int) -> Iterator[Window]:
+    """The windows of one document; together they score every token but the first, each once."""
+    ready = 1  # the first token has nothing before it
+    start = 0
+    while ready < len(input_ids):
+        end = min(start + window, len(input_ids))
+        yield Window(input_ids[start:end], end - ready)
+        ready, start = end, start + stride
+
+
+def read_document(tokenizer: Any, text: str) -> tuple[list[int], int]:
+    """A text's tokens, after the tokenizer's begin token, and the bytes of the tokens that are scored.
+
+    Without a begin token nothing predicts the text's first token, so neither it nor its bytes count.
+    """
+    tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    size = len(text.encode("utf-8"))
+    if tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id, *tokens], size
+    return tokens, size - len(tokenizer.decode(tokens[:1]).encode("utf-8"))
+
+
+def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """Lists of `size` windows, the last one shorter."""
+    batch: list[Window] = []
+    for window in windows:
+        batch.append(window)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def batch_loss(model: Any, batch: list[Window]) -> float:
+    """The sum of the scored tokens' losses, in nats."""
+    longest = max(len(window.input_ids) for window in batch)
+    shape = (len(batch), longest)
+    input_ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for row, window in enumerate(batch):
+        length = len(window.input_ids)
+        input_ids[row, :length] = torch.tensor(window.input_ids)
+        attention_mask[row, :length] = 1
+        labels[row, length - window.scored : length] = input_ids[row, length - window.scored : length]
+    inputs = {"input_ids": input_ids.to(model.device), "use_cache": False}
+    if not bool(attention_mask.all()):
+        inputs["attention_mask"] = attention_mask.to(model.device)
+    logits = model(**inputs).logits[:, :-1]
+    targets = labels[:, 1:].to(logits.device)
+    scored = targets != IGNORED
+    # Only scored rows become float32: logits are the largest tensor here.
+    return float(torch.nn.functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, float]:
+    """Bits per byte and perplexity of a causal language model on texts, each read by itself.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its tokenizer.
+        texts: Documents; empty ones are passed over.
+        window: Tokens that the model sees at once. Default: 1024, or the model's positions where it has fewer.
+        stride: Tokens by which the window moves on. Default: half a window. A smaller stride gives more context, and
+            takes longer.
+        batch_size: Windows in one forward pass.
+        progress: Called with the number of tokens scored since the last call.
+
+    Returns:
+        "bits_per_byte", "perplexity" (per token), "loss" (nats per token), "tokens", "bytes", "documents", "window"
+        and "stride".
+
+    Raises:
+        ValueError: a model that sees the future, a window longer than the positions or shorter than the stride, or no
+            text to score.
+    """
+    window, stride = checked_window(model.config, window, stride)
+    if batch_size < 1:
+        raise ValueError(f"batch_size ({batch_size}) must be at least 1")
+    counted = {"tokens": 0, "bytes": 0, "documents": 0}
+
+    def all_windows() -> Iterator[Window]:
+        for text in texts:
+            input_ids, size = read_document(tokenizer, text) if text else ([], 0)
+            if len(input_ids) > 1:
+                counted["documents"] += 1
+                counted["bytes"] += size
+                yield from windows_of(input_ids, window, stride)
+
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for batch in batches(all_windows(), batch_size):
+            total += batch_loss(model, batch)
+            scored = sum(item.scored for item in batch)
+            counted["tokens"] += scored
+            progress(scored)
+    finally:
+        model.train(was_training)
+    if not counted["tokens"]:
+        raise ValueError("texts hold nothing to score; give at least one document of two tokens")
+    loss = total / counted["tokens"]
+    return {
+        "bits_per_byte": total / math.log(2) / counted["bytes"],
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "loss": loss,
+        **counted,
+        "window": window,
+        "stride": stride,
+    }
+
+
+def checked_window(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride with their defaults, after refusing what the model cannot do."""
+    if getattr(config, "is_causal", True) is False:
+        raise ValueError("is_causal (False) lets the model see the tokens it is to predict; evaluate a causal model")
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if window is None:
+        window = min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+    if window < 2 or (positions is not None and window > positions):
+        limit = f" and at most max_position_embeddings ({positions})" if positions is not None else ""
+        raise ValueError(f"window ({window}) must be at least 2{limit}")
+    if stride is None:
+        stride = max(1, window // 2)
+    if not 1 <= stride < window:
+        raise ValueError(f"stride ({stride}) must be at least 1 and below window ({window})")
+    return window, stride
+
+
+def evaluate_checkpoint(
+    source: str,
+    texts: list[str],
+    *,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> dict[str, float]:
+    """`evaluate` for a folder or Hub id, with its own tokenizer unless another is named.
+
+    Args:
+        source: Folder or Hub id of any causal language model.
+        texts: Documents.
+        tokenizer: Folder or Hub id.
+        device: Default: the accelerator, if there is one.
+        dtype: Of the weights; "auto" keeps the checkpoint's.
+        options: As in `evaluate`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if device is None and torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
+    if device is not None:
+        model.to(device)
+    return evaluate(model, AutoTokenizer.from_pretrained(tokenizer or source), texts, **options)

@@ -1,0 +1,201 @@
+"""Regrouping from folder to folder: the same as in memory, whole or not at all, and within little memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
+
+import groupformer
+from groupformer import GroupFormerForCausalLM, GroupFormerModel, GroupFormerTokenizer
+from groupformer.cli import app
+from groupformer.regrouping.streaming import regroup_folder
+
+from .helpers import random_ids, randomize, tiny_config
+
+
+CALIBRATION = random_ids(3, 40, seed=1)
+KINDS = {
+    "rope": {},
+    "learned_bias": {"position_embedding_type": "learned", "norm_type": "layer_norm", "attention_bias": True},
+    "alibi": {"position_embedding_type": "alibi", "embedding_norm": True},
+    "sinusoidal_after": {"position_embedding_type": "sinusoidal", "norm_position": "after"},
+    "windows": {"sliding_window": 8, "tie_word_embeddings": False},
+}
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(randomize(GroupFormerForCausalLM(tiny_config())), tmp_path / "source")
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["norms", "calibrated"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_to_folder_equals_in_memory(tmp_path, kind, calibration):
+    model = randomize(GroupFormerForCausalLM(tiny_config(**KINDS[kind])))
+    source = save(model, tmp_path / "source")
+    grouping = "adjacent" if kind == "alibi" else "similar"
+    regroup_folder(source, tmp_path / "new", 2, grouping=grouping, calibration=calibration, max_shard_bytes=20_000)
+    assert (tmp_path / "new" / "model.safetensors.index.json").exists()
+    expected = groupformer.regroup(model, 2, grouping=grouping, calibration=calibration)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    ids = random_ids(2, 20)
+    torch.testing.assert_close(streamed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"method": "random", "seed": 3}, {"method": "mean"}], ids=["random", "mean"])
+def test_every_method_gives_the_same_bits_as_in_memory(tmp_path, folder, options):
+    regroup_folder(folder, tmp_path / "new", {1: 2}, **options)
+    expected = groupformer.regroup(GroupFormerForCausalLM.from_pretrained(folder), {1: 2}, **options).state_dict()
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def test_bare_models_and_bfloat16_stream_too(tmp_path):
+    model = randomize(GroupFormerModel(tiny_config())).to(torch.bfloat16)
+    regroup_folder(save(model, tmp_path / "source"), tmp_path / "new", 1, calibration=CALIBRATION)
+    loaded = GroupFormerModel.from_pretrained(tmp_path / "new")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.num_key_value_heads == 1
+
+
+def test_auto_streams(tmp_path, folder):
+    config = regroup_folder(folder, tmp_path / "new", "auto", budget=0.5, calibration=CALIBRATION)
+    assert sum(layer.num_key_value_heads for layer in config.per_layer_config) <= 4
+    GroupFormerForCausalLM.from_pretrained(tmp_path / "new")
+
+
+def test_the_command_brings_tokenizer_and_generation_config_along(tmp_path):
+    tokenizer = GroupFormerTokenizer()
+    model = randomize(GroupFormerForCausalLM(tiny_config(vocab_size=len(tokenizer))))
+    model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=1)
+    source = save(model, tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    (tmp_path / "text.txt").write_text("A river runs to the sea. " * 40, encoding="utf-8")
+    target = tmp_path / "new"
+    arguments = ["regroup", str(source), str(target), "--kv-heads", "2", "--calibration", str(tmp_path / "text.txt")]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert "4 query heads, key-value heads: 2" in outcome.stdout
+    assert GenerationConfig.from_pretrained(target).max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(target).get_vocab() == tokenizer.get_vocab()
+    assert (target / "modeling_groupformer.py").exists()
+
+
+# Refusals: nothing is written, nothing that existed is touched ------------------------------------------------------
+
+REFUSALS = {
+    "count": (dict(num_key_value_heads=3), "must divide"),
+    "method": (dict(num_key_value_heads=2, method="best"), "method ('best') is unknown"),
+    "short": (dict(num_key_value_heads=2, calibration=random_ids(1, 9)), "calibration has 9 tokens"),
+    "budget": (dict(num_key_value_heads="auto", budget=0.1), "budget (0.1)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_write_nothing(tmp_path, folder, case):
+    arguments, message = REFUSALS[case]
+    with pytest.raises(ValueError) as refusal:
+        regroup_folder(folder, tmp_path / "new", **arguments)
+    assert message in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["norms", "calibrated"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_a_checkpoint_with_nan_is_refused_and_nothing_written(tmp_path, folder, name, calibration):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "precious.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite"):
+        regroup_folder(folder, tmp_path / "old", 2, calibration=calibration, overwrite=True)
+    assert (tmp_path / "old" / "precious.txt").read_text() == "keep me"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
+
+
+def test_existing_targets_need_overwrite(tmp_path, folder):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="--overwrite"):
+        regroup_folder(folder, tmp_path / "new", 2)
+    regroup_folder(folder, tmp_path / "new", 2, overwrite=True)
+    assert (tmp_path / "new" / "config.json").exists()
+
+
+def test_missing_tensors_are_refused_by_name(tmp_path, folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.v_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks model.layers.0.self_attn.v_proj.weight"):
+        regroup_folder(folder, tmp_path / "new", 2)
+
+
+def test_native_folders_are_sent_to_the_bridge(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="import it first"):
+        regroup_folder(tmp_path, tmp_path.parent / "new", 2)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from groupformer.regrouping.streaming import regroup_folder
+ids = torch.randint(0, 32000, (4, 512)) if sys.argv[3] == "calibrated" else None
+regroup_folder(sys.argv[1], sys.argv[2], 4, calibration=ids, grouping=sys.argv[4], max_shard_bytes=500_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    """A synthetic checkpoint of 3 GB in bfloat16, written shard by shard."""
+    from groupformer.families.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+    from groupformer.families.weights import shapes_of
+    from groupformer.regrouping.streaming import shards_of
+
+    folder = tmp_path_factory.mktemp("large")
+    config = groupformer.GroupFormerConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        dtype=torch.bfloat16,
+        architectures=["GroupFormerForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    shapes = shapes_of(GroupFormerForCausalLM, config)
+    shards = shards_of({name: Entry(torch.bfloat16, shape) for name, shape in shapes.items()}, 500_000_000)
+    files = shard_names(len(shards))
+    for name, shard in zip(files, shards):
+        with open(folder / name, "wb") as file:
+            file.write(header_of(shard))
+            for tensor_name, entry in shard.items():
+                values = torch.randn(entry.shape) * 0.02 + float("norm" in tensor_name)
+                file.write(bytes_of(values.to(torch.bfloat16)))
+    write_index(folder, dict(zip(files, shards)))
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 3e9
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs, grouping", [("norms", "adjacent"), ("calibrated", "adjacent")])
+def test_three_gigabytes_regroup_within_one_and_a_half(tmp_path, large_folder, inputs, grouping):
+    arguments = [sys.executable, "-c", CHILD, str(large_folder), str(tmp_path / "new"), inputs, grouping]
+    child = subprocess.run(arguments, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 1.5e9
