@@ -18,6 +18,12 @@ from groupformer.training.finetuning import FinetuneRecipe, finetune
 
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+BEGIN, END = "<!-- fine-tuning: begin -->", "<!-- fine-tuning: end -->"
+TITLES = {
+    "clinc150": "CLINC150: 150 intents, 4,500 test sentences",
+    "ewt": "English Web Treebank: 17 tags, 25,094 test words",
+}
 
 # Small enough for a CPU: 2.6 M parameters, of which the embeddings are 2.1 M.
 FRESH = {
@@ -119,45 +125,68 @@ def learning_rate(options: dict) -> float:
     return 5e-4 if "model" in options else 2e-3
 
 
-def print_tables(results: dict[str, dict]) -> None:
-    """The tables of `docs/results.md`."""
+def render(results: dict[str, dict]) -> str:
+    """The rows as Markdown tables, one for each task."""
+    tables = []
     for task in TASKS:
-        print(f"\n{task}\n\n| run | test accuracy | test macro F1 | trained parameters | seconds |")
-        print("| --- | --- | --- | --- | --- |")
-        for name, row in results.items():
-            if name.startswith(task):
+        lines = ["| model | trained parameters | test accuracy | test macro F1 |", "| --- | --- | --- | --- |"]
+        for name, row in sorted(results.items()):
+            if name.startswith(f"{task}, "):
                 trained = f"{row['trained_parameters']:,}" if "trained_parameters" in row else ""
-                scores = f"{row['test_accuracy']:.4f} | {row['test_macro_f1']:.4f}"
-                print(f"| {name.removeprefix(task + ', ')} | {scores} | {trained} | {row['seconds']:.0f} |")
+                title = name.removeprefix(f"{task}, ")
+                lines.append(f"| {title} | {trained} | {row['test_accuracy']:.3f} | {row['test_macro_f1']:.3f} |")
+        tables.append(f"### {TITLES[task]}\n\n" + "\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def write_page(results: dict[str, dict]) -> None:
+    """Puts the tables into `docs/results.md`, between its two marks; the text around them is written by hand."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, dict]:
+    """The rows that are there already."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with clinc150/ and ewt_pos/")
+    parser.add_argument(
+        "--data", type=Path, help="folder with clinc150/ and ewt_pos/; without it, write the page only"
+    )
     parser.add_argument("--reference", help="a checkpoint to fine-tune as well")
-    parser.add_argument("--only", nargs="*", help="names of runs")
+    parser.add_argument("--only", nargs="*", help="names of runs, in this order")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the rows")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        files = data_files(arguments.data, Path(folder))
-        baselines = {
-            "clinc150, bag of words": lambda: bag_of_words_intents(files["clinc150"]),
-            "ewt, bag of words (the word alone)": lambda: bag_of_words_tags(files["ewt"], 0),
-            "ewt, bag of words (the word and two to each side)": lambda: bag_of_words_tags(files["ewt"], 2),
-        }
-        jobs = dict(baselines)
-        for name, (task, options) in runs(arguments.reference).items():
-            recipe = {**TASKS[task], **files[task], **options, "learning_rate": learning_rate(options)}
-            output = Path(folder) / name.replace(", ", "-")
-            jobs[name] = lambda recipe=recipe, output=output: finetune(FinetuneRecipe(**recipe), output)
-        for name, job in jobs.items():
-            if name in results or (arguments.only and name not in arguments.only):
-                continue
-            started = time.time()
-            results[name] = job() | {"seconds": round(time.time() - started, 1)}
-            print(name, results[name], flush=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print_tables(results)
+    if arguments.data is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            train_rows(arguments, Path(folder))
+    write_page(read(arguments.results))
+
+
+def train_rows(arguments: argparse.Namespace, folder: Path) -> None:
+    """Trains what is asked for and not there yet, and adds each row to the file when it is done."""
+    files = data_files(arguments.data, folder)
+    jobs = {
+        "clinc150, bag of words": lambda: bag_of_words_intents(files["clinc150"]),
+        "ewt, bag of words (the word alone)": lambda: bag_of_words_tags(files["ewt"], 0),
+        "ewt, bag of words (the word and two to each side)": lambda: bag_of_words_tags(files["ewt"], 2),
+    }
+    for name, (task, options) in runs(arguments.reference).items():
+        recipe = {**TASKS[task], **files[task], **options, "learning_rate": learning_rate(options)}
+        output = folder / name.replace(", ", "-")
+        jobs[name] = lambda recipe=recipe, output=output: finetune(FinetuneRecipe(**recipe), output)
+    for name in arguments.only or jobs:
+        if name in read(arguments.results):
+            continue
+        started = time.time()
+        row = jobs[name]() | {"seconds": round(time.time() - started, 1)}
+        print(name, row, flush=True)
+        rows = read(arguments.results) | {name: row}  # read again: another process may have added rows meanwhile
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
