@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "hub_card")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.run, dtype=torch.bfloat16)
+    model.config.use_cache = True  # off while training
     model.save_pretrained(arguments.output)
     AutoTokenizer.from_pretrained(arguments.run).save_pretrained(arguments.output)
     results = json.loads((arguments.run / "results.json").read_text())

@@ -1,0 +1,419 @@
+# Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
+"""GroupFormer configuration: one architecture from multi-head to multi-query attention.
+
+Every field has transformers' own name where one exists. What the fields describe together is checked here, once, when
+a config is built or loaded; the modeling file trusts it. This file also travels to the Hub as remote code, so it
+imports nothing but transformers.
+"""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+
+# Fields that `per_layer_config` may override in single layers; every other field is one for the whole model.
+PER_LAYER_FIELDS = ("num_key_value_heads", "sliding_window", "attention_multiplier", "intermediate_size")
+
+# What a Hub repository of ours says about its code, so that all Auto classes find it with `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_groupformer.GroupFormerConfig",
+    "AutoModel": "modeling_groupformer.GroupFormerModel",
+    "AutoModelForCausalLM": "modeling_groupformer.GroupFormerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_groupformer.GroupFormerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_groupformer.GroupFormerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_groupformer.GroupFormerForQuestionAnswering",
+}
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors of `number`, in ascending order."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def choices(options) -> str:
+    """`[1, 2, 3]` as "1, 2 or 3", for error messages."""
+    words = [str(option) for option in options]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _check_per_layer_fields(fields) -> None:
+    unknown = sorted(set(fields) - set(PER_LAYER_FIELDS))
+    if unknown:
+        raise ValueError(
+            f"per_layer_config overrides {choices(unknown)}, which is one for the whole model; "
+            f"only {choices(PER_LAYER_FIELDS)} may differ by layer"
+        )
+
+
+@strict
+class GroupFormerConfig(PreTrainedConfig):
+    r"""Configuration of every GroupFormer model. The defaults are the reference checkpoint (MHA, 10 M parameters).
+
+    Args:
+        vocab_size (`int`, defaults to 16384):
+            Number of tokens of the vocabulary.
+        hidden_size (`int`, defaults to 256):
+            Width of the residual stream.
+        intermediate_size (`int`, defaults to 704):
+            Width inside the MLP.
+        num_hidden_layers (`int`, defaults to 8):
+            Number of layers.
+        num_attention_heads (`int`, defaults to 8):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*):
+            Number of key-value heads, the group count of grouped-query attention (Ainslie et al. 2023). `None` means
+            one for each query head: multi-head attention (Vaswani et al. 2017); 1 is multi-query attention (Shazeer
+            2019). It must divide `num_attention_heads`.
+        per_layer_config (`dict[int, dict]`, *optional*):
+            Transformers' heterogeneity: overrides for single layers, e.g. `{3: {"num_key_value_heads": 1}}`. Only
+            `num_key_value_heads`, `sliding_window`, `attention_multiplier` and `intermediate_size` may differ.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Width of one head.
+        position_embedding_type (`str`, defaults to `"rope"`):
+            `"learned"` (GPT-2), `"sinusoidal"` (Vaswani et al. 2017, section 3.5), `"rope"` (Su et al. 2021),
+            `"alibi"` (Press et al. 2022) or `"none"`.
+        max_position_embeddings (`int`, defaults to 2048):
+            Longest sequence that the positions are made for. Learned and sinusoidal positions refuse longer ones;
+            RoPE warns once; ALiBi and no positions have no limit.
+        position_offset (`int`, defaults to 0):
+            Row of the position table that the first token reads (OPT: 2). Learned positions only.
+        rope_parameters (`dict`, *optional*, defaults to `{"rope_type": "default", "rope_theta": 10000.0}`):
+            Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
+        no_rope_layers (`list[int]`, *optional*):
+            SmolLM3's and Llama 4's convention: one entry a layer, 1 where the layer uses RoPE, 0 where it has no
+            positions at all. RoPE only.
+        norm_type (`str`, defaults to `"rms_norm"`):
+            `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (Ba et al. 2016).
+        norm_eps (`float`, defaults to 1e-6):
+            Epsilon of every norm.
+        norm_bias (`bool`, defaults to `True`):
+            Whether LayerNorm has a bias. RMSNorm never has one.
+        norm_position (`str`, defaults to `"before"`):
+            `"before"` each sublayer (GPT-2, Llama), or `"after"` it and before the residual addition (OLMo 2).
+        embedding_norm (`bool`, defaults to `False`):
+            A norm right after the embeddings (BLOOM).
+        qk_norm (`str`, *optional*):
+            Norm of queries and keys before RoPE: `"head"`, each head by itself with one shared weight (Qwen 3), or
+            `"projection"`, over all heads together (OLMo 2).
+        mlp_type (`str`, defaults to `"gated"`):
+            `"gated"`, `down(act(gate(x)) * up(x))` (Shazeer 2020), or `"plain"`, `down(act(up(x)))` (GPT-2).
+        hidden_act (`str`, defaults to `"silu"`):
+            Activation of the MLP: any name in `transformers.activations.ACT2FN`.
+        parallel_residual (`bool`, defaults to `False`):
+            Attention and MLP side by side on the same residual (GPT-NeoX, Phi) instead of one after the other.
+        shared_parallel_norm (`bool`, defaults to `False`):
+            With `parallel_residual`, whether both sublayers read the same norm (Phi) or each its own (GPT-NeoX).
+        attention_bias, attention_output_bias, mlp_bias, lm_head_bias (`bool`, default to `False`):
+            Biases of the q/k/v projections, of the output projection, of the MLP, and of the LM head.
+        sliding_window (`int`, *optional*):
+            How many tokens, itself included, a token of a sliding layer looks back on; when bidirectional, how many it
+            sees to each side, itself not included.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer. By default every layer slides whose
+            `sliding_window` is set.
+        is_causal (`bool`, defaults to `True`):
+            `False` makes a bidirectional encoder of the same weights. It keeps no KV cache: `use_cache` is `False`.
+        embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0):
+            Granite's scalars: embeddings are multiplied by the first, each sublayer's output by the second, and the
+            logits are divided by the third.
+        attention_multiplier (`float`, *optional*, defaults to `head_dim ** -0.5`):
+            Factor of the attention scores.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`, default to 0.0):
+            Dropout of attention probabilities, of each sublayer's output, and of the embeddings.
+        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout`):
+            Dropout before the token classification head.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of fresh weights.
+        use_cache (`bool`, defaults to `True`):
+            Whether the model returns a KV cache.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the LM head is the embedding matrix.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
+            Special tokens; all must be inside the vocabulary.
+        family (`str`, *optional*):
+            Model type of the native checkpoint that this model was imported from; exporting returns to it.
+        native_config (`dict`, *optional*):
+            What the native config says beyond these fields, kept so that an export gives it back exactly.
+
+    Raises:
+        ValueError: a field, or a combination of fields, that cannot be built. The message names the field, its value
+            and what to choose instead.
+
+    ```python
+    >>> from groupformer import GroupFormerConfig, GroupFormerForCausalLM
+
+    >>> config = GroupFormerConfig(num_attention_heads=8, num_key_value_heads=2)  # GQA: 4 query heads share a KV head
+    >>> model = GroupFormerForCausalLM(config)
+    ```"""
+
+    model_type = "groupformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    # Size
+    vocab_size: int = 16384
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 8
+    # Heads
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    # Positions
+    position_embedding_type: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
+    max_position_embeddings: int = 2048
+    position_offset: int = 0
+    rope_parameters: RopeParameters | dict | None = None
+    no_rope_layers: list[int] | None = None
+    # Norms
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = True
+    norm_position: Literal["before", "after"] = "before"
+    embedding_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    # MLP and residuals
+    mlp_type: Literal["gated", "plain"] = "gated"
+    hidden_act: str = "silu"
+    parallel_residual: bool = False
+    shared_parallel_norm: bool = False
+    # Biases
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    # Who sees whom
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    is_causal: bool = True
+    # Scalars, neutral by default
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
+    logits_scaling: float | int = 1.0
+    # Dropout
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
+    # The rest, as everywhere in transformers
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    # Where it came from
+    family: str | None = None
+    native_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads != 0:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}); choose another, or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if not self.is_causal:
+            self.use_cache = False
+        self._check_sizes()
+
+        uses_rope = self.position_embedding_type == "rope"
+        rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
+        if rope_parameters and not uses_rope:
+            raise ValueError(
+                f"rope_parameters ({rope_parameters}) needs position_embedding_type='rope', "
+                f"but it is {self.position_embedding_type!r}; remove one of the two"
+            )
+        # Transformers completes this dictionary in place, so it gets a copy: the caller's stays as it was.
+        self.rope_parameters = dict(rope_parameters) if rope_parameters else None
+
+        _check_per_layer_fields(
+            field for overrides in (kwargs.get("per_layer_config") or {}).values() for field in overrides
+        )
+        # A config loaded from the Hub names its code as "repo--module.Class"; the code travels with every save of
+        # ours, so a saved config always names the files beside it.
+        auto_map = kwargs.pop("auto_map", None) or AUTO_MAP
+        super().__post_init__(**kwargs)
+        self.auto_map = {
+            name: reference.split("--")[-1] if isinstance(reference, str) else reference
+            for name, reference in auto_map.items()
+        }
+        if not uses_rope:
+            self.rope_parameters = None
+        if self.layer_types is None:
+            self.layer_types = [
+                "full_attention" if layer.sliding_window is None else "sliding_attention"
+                for layer in self.per_layer_config
+            ]
+
+    # Without this line the dataclass machinery would write one that cannot compare heterogeneous configs.
+    __eq__ = PreTrainedConfig.__eq__
+
+    def validate_architecture(self):
+        """Refuses what cannot be built. Runs by itself when a config is built or loaded."""
+        _check_per_layer_fields(self.per_layer_attributes or ())
+        self._check_sizes()
+        self._check_layer_types()
+        for layer_idx, layer in enumerate(self.per_layer_config):
+            where = f" in layer {layer_idx}" if self.is_heterogeneous else ""
+            if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
+                raise ValueError(
+                    f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                    f"({layer.num_key_value_heads}){where}; choose {choices(divisors(self.num_attention_heads))}"
+                )
+            if layer.sliding_window is not None and layer.sliding_window < 1:
+                raise ValueError(
+                    f"sliding_window ({layer.sliding_window}){where} must be at least 1, or None for full attention"
+                )
+            if layer.intermediate_size < 1:
+                raise ValueError(f"intermediate_size ({layer.intermediate_size}){where} must be at least 1")
+        self._check_norms_and_mlp()
+        self._check_positions()
+
+    def validate_token_ids(self):
+        """Refuses special tokens that the embedding matrix does not hold."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, (list, tuple)) else [value]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name} ({token_id}) is outside the vocabulary; choose None or a number from 0 to "
+                        f"vocab_size - 1 ({self.vocab_size - 1})"
+                    )
+
+    def validate_rope(self):
+        """Refuses RoPE parameters that transformers does not know or that cannot be computed."""
+        parameters = self.rope_parameters
+        if not parameters:
+            return
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise ValueError(
+                f"rope_parameters ({parameters}) differs by layer type, which GroupFormer cannot express; "
+                "give one set of parameters for all layers"
+            )
+        known_types = ["default", *ROPE_INIT_FUNCTIONS]
+        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+        if rope_type not in known_types:
+            raise ValueError(f"rope_parameters['rope_type'] ({rope_type!r}) is unknown; choose {choices(known_types)}")
+        try:
+            super().validate_rope()
+        except KeyError as error:  # transformers' word for a missing key; ours are all ValueErrors
+            raise ValueError(f"rope_parameters ({parameters}) is incomplete: {error.args[0]}") from error
+        self._check_rope_numbers(rope_type, parameters)
+
+    def _check_rope_numbers(self, rope_type: str, parameters: dict[str, Any]) -> None:
+        for name, minimum in (("rope_theta", 0), ("factor", 0), ("original_max_position_embeddings", 0)):
+            value = parameters.get(name)
+            if value is not None and not value > minimum:
+                raise ValueError(f"rope_parameters[{name!r}] ({value}) must be greater than {minimum}")
+        partial = parameters.get("partial_rotary_factor", 1.0)
+        if not 0 < partial <= 1:
+            raise ValueError(
+                f"rope_parameters['partial_rotary_factor'] ({partial}) must be greater than 0 and at most 1"
+            )
+        rotary_dim = self.head_dim if rope_type == "proportional" else int(self.head_dim * partial)
+        if rotary_dim % 2 != 0 or rotary_dim == 0:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) and rope_parameters['partial_rotary_factor'] ({partial}) give "
+                f"{rotary_dim} rotary dimensions, but RoPE turns pairs; choose an even number above 0"
+            )
+        for name in ("short_factor", "long_factor"):
+            if rope_type == "longrope" and len(parameters[name]) != rotary_dim // 2:
+                raise ValueError(
+                    f"rope_parameters[{name!r}] has {len(parameters[name])} entries, but needs one for each of the "
+                    f"{rotary_dim // 2} rotary pairs"
+                )
+
+    def _check_sizes(self) -> None:
+        minimums = {"num_hidden_layers": 0, "norm_eps": 0.0, "initializer_range": 0.0}
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+        for name in (*names, "max_position_embeddings", "norm_eps", "initializer_range"):
+            value, minimum = getattr(self, name), minimums.get(name, 1)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} ({value}) must be at least {minimum}")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 0 and below 1")
+        if self.logits_scaling == 0:
+            raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
+
+    def _check_layer_types(self) -> None:
+        known_types = ("full_attention", "sliding_attention")
+        if self.layer_types is None:
+            return
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
+                "give one entry a layer"
+            )
+        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self.per_layer_config)):
+            if layer_type not in known_types:
+                raise ValueError(
+                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"
+                )
+            if layer_type == "sliding_attention" and layer.sliding_window is None:
+                raise ValueError(
+                    f"layer_types[{layer_idx}] is 'sliding_attention', but sliding_window (None) gives no window; "
+                    "set sliding_window or choose 'full_attention'"
+                )
+
+    def _check_norms_and_mlp(self) -> None:
+        if self.parallel_residual and self.norm_position == "after":
+            raise ValueError(
+                "parallel_residual (True) needs norm_position='before', but it is 'after'; change one of the two"
+            )
+        if self.shared_parallel_norm and not self.parallel_residual:
+            raise ValueError(
+                "shared_parallel_norm (True) needs parallel_residual=True, but it is False; change one of the two"
+            )
+        from transformers.activations import ACT2FN  # imports torch, which a config alone does not need
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) is unknown; choose {choices(sorted(ACT2FN))}")
+
+    def _check_positions(self) -> None:
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2 != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be even with position_embedding_type='sinusoidal': "
+                "sines and cosines come in pairs"
+            )
+        if self.position_offset != 0 and (self.position_embedding_type != "learned" or self.position_offset < 0):
+            raise ValueError(
+                f"position_offset ({self.position_offset}) must be 0, or above it with "
+                f"position_embedding_type='learned'; it is {self.position_embedding_type!r}"
+            )
+        if self.no_rope_layers is None:
+            return
+        if self.position_embedding_type != "rope":
+            raise ValueError(
+                f"no_rope_layers ({self.no_rope_layers}) needs position_embedding_type='rope', "
+                f"but it is {self.position_embedding_type!r}; remove one of the two"
+            )
+        if len(self.no_rope_layers) < self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}:
+            raise ValueError(
+                f"no_rope_layers ({self.no_rope_layers}) needs one entry for each of the {self.num_hidden_layers} "
+                "layers, 1 with RoPE and 0 without"
+            )
+
+
+__all__ = ["GroupFormerConfig"]

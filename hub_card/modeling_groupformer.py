@@ -1,0 +1,800 @@
+# Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
+"""GroupFormer: a transformer whose attention sharing is configured, from multi-head (MHA) to multi-query (MQA).
+
+One architecture, its variants chosen once when the model is built (see `configuration_groupformer.py` for the fields):
+
+- `num_key_value_heads`, for the whole model or by layer; MHA, GQA and MQA run the same code;
+- positions: learned, sinusoidal, RoPE with every scaling type of transformers, ALiBi, or none;
+- RMSNorm or LayerNorm, before or after the sublayers, side by side (parallel residual), and on queries and keys;
+- gated or plain MLP; biases where configured; sliding windows by layer; causal or bidirectional.
+
+The file reads top to bottom: norms, positions, masks, attention, MLP, layers, model, heads. Attention goes through
+transformers' attention interface. Module names are Llama's. This file also travels to the Hub as remote code, so it
+imports nothing but torch, transformers and the configuration beside it.
+
+Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_groupformer import GroupFormerConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class GroupFormerRMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019, eq. 4), computed in float32 inside."""
+
+    def __init__(self, size: int, eps: float = 1e-6, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # The cast is for norms that PEFT keeps in float32: the residual stream keeps its own dtype.
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+# Layer norm (Ba et al. 2016, eq. 4) is torch's own.
+NORMS = {"rms_norm": GroupFormerRMSNorm, "layer_norm": nn.LayerNorm}
+
+
+def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
+    """The configured norm over `size` features, by default over the hidden size."""
+    return NORMS[config.norm_type](size or config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+# Positions -----------------------------------------------------------------------------------------------------------
+
+
+class GroupFormerSinusoidalEmbedding(nn.Module):
+    """Fixed sines and cosines, added to the token embeddings (Vaswani et al. 2017, section 3.5).
+
+    `PE(p, 2i) = sin(p / 10000^(2i / hidden_size))` and `PE(p, 2i + 1)` its cosine, computed in float32 when asked for:
+    there is no table to store, move or initialise.
+    """
+
+    def __init__(self, config: GroupFormerConfig):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        exponents = torch.arange(0, self.hidden_size, 2, device=position_ids.device, dtype=torch.float32)
+        angles = position_ids[..., None].float() * torch.exp(exponents * (-math.log(10000.0) / self.hidden_size))
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (B, T, hidden_size)
+
+
+# Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
+ABSOLUTE_POSITIONS = {
+    "learned": lambda it: nn.Embedding(it.max_position_embeddings + it.position_offset, it.hidden_size),
+    "sinusoidal": GroupFormerSinusoidalEmbedding,
+}
+
+
+class GroupFormerRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021, eq. 34), for every RoPE type of transformers."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: GroupFormerConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = {"default": self.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GroupFormerConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `theta^(-2i / d)` of the rotated part of a head, and the factor 1 of cos and sin."""
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, rotary_dim)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Multiplies each pair `(x[j], x[j + d/2])`, read as a complex number, by the imaginary unit."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns heads (B, H or G, T, D) by their positions' angles; cos and sin are (B, 1, T, rotary_dim).
+
+    Where `rotary_dim` is below `D` (partial rotary), the head's last features pass unturned.
+    """
+    rotary_dim = cos.shape[-1]
+    if rotary_dim == x.shape[-1]:
+        return x * cos + rotate_half(x) * sin
+    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+    return torch.cat((turned * cos + rotate_half(turned) * sin, kept), dim=-1)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of ALiBi (Press et al. 2022, section 3): `2^(-8 i / n)`, i = 1 … n, for a power of two n of heads.
+
+    Other counts take the slopes of the next lower power of two, then every second one of the next higher, as the
+    authors' code does.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power + 1, 2)]
+    return slopes + between[: num_heads - power]
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+def layer_mask_names(config: GroupFormerConfig) -> list[str]:
+    """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
+    if not config.is_heterogeneous:
+        return config.layer_types or []
+    windows = [layer.sliding_window for layer in config.per_layer_config]
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
+    return [
+        f"sliding_attention_{window}" if slides and several else kind
+        for kind, window, slides in zip(config.layer_types, windows, sliding)
+    ]
+
+
+def create_attention_masks(
+    config: GroupFormerConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> dict[str, Any]:
+    """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
+
+    With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
+    passes arguments of other models (token types); they are ignored.
+    """
+    uses_alibi = config.position_embedding_type == "alibi"
+    names = layer_mask_names(config)
+    masks = {}
+    for name in dict.fromkeys(names):
+        layer_idx = names.index(name)
+        create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
+        mask = create_mask(
+            config=config.per_layer_config[layer_idx],
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=layer_idx,
+            allow_is_causal_skip=not uses_alibi,
+        )
+        if uses_alibi:
+            mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
+        masks[name] = mask
+    return masks
+
+
+def add_alibi(
+    config: GroupFormerConfig,
+    mask: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    layer_idx: int,
+) -> torch.Tensor:
+    """Writes ALiBi's biases `-slope_h * |q - k|` (Press et al. 2022, section 3) into a mask (B, 1, T, S).
+
+    Returns an additive float mask (B or 1, H, T, S). Positions count real tokens where a 2D `attention_mask` tells
+    them from padding, and plain indices elsewhere.
+    """
+    length = inputs_embeds.shape[1]
+    device, dtype = inputs_embeds.device, inputs_embeds.dtype
+    seen = past_key_values.get_query_offset(layer_idx) if past_key_values is not None else 0
+    first_key = past_key_values.get_mask_sizes(length, layer_idx)[1] if past_key_values is not None else 0
+    query_index = torch.arange(length, device=device) + seen
+    key_index = torch.arange(mask.shape[-1], device=device) + first_key
+    if attention_mask is not None and attention_mask.ndim == 2:
+        positions = attention_mask.to(device=device, dtype=torch.long).cumsum(-1) - 1
+        last = positions.shape[-1] - 1  # a static cache is longer than its mask; what lies beyond is masked
+        query_position = positions[:, query_index.clamp(max=last)]
+        key_position = positions[:, key_index.clamp(max=last)]
+    else:
+        query_position, key_position = query_index[None], key_index[None]
+    distance = (query_position[:, None, :, None] - key_position[:, None, None, :]).abs()  # (B or 1, 1, T, S)
+    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=device)[None, :, None, None]
+    biases, lowest = (-slopes * distance).to(dtype), torch.finfo(dtype).min
+    return torch.where(mask, biases, lowest) if mask.dtype == torch.bool else (mask + biases).clamp(min=lowest)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) for any number of key-value heads.
+
+    Query head h reads key-value head h // (H / G). The query heads of a group are laid side by side as more queries of
+    their shared head, so keys and values are never repeated in memory.
+
+    Returns the heads' outputs (B, T, H, D) and the attention probabilities (B, H, T, S).
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, seen = key.shape[1], key.shape[2]
+    group_rows = heads // kv_heads * length
+    scores = torch.matmul(query.reshape(batch, kv_heads, group_rows, head_dim), key.transpose(2, 3)) * scaling
+    scores = scores.view(batch, heads, length, seen)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    output = torch.matmul(probabilities.view(batch, kv_heads, group_rows, seen), value)
+    return output.view(batch, heads, length, -1).transpose(1, 2).contiguous(), probabilities
+
+
+class GroupFormerAttention(nn.Module):
+    """Attention of `num_attention_heads` query heads over `num_key_value_heads` shared keys and values."""
+
+    def __init__(self, config: GroupFormerConfig, layer_idx: int):
+        super().__init__()
+        layer_config = config.per_layer_config[layer_idx]
+        # The model's own config, not the layer's: backends look up their choice here, and it may change later.
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // layer_config.num_key_value_heads
+        multiplier = layer_config.attention_multiplier
+        self.scaling = self.head_dim**-0.5 if multiplier is None else multiplier
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        slides = config.layer_types[layer_idx] == "sliding_attention"
+        # Flash attention counts a window with its own token, transformers' bidirectional masks without it.
+        self.sliding_window = layer_config.sliding_window + (not config.is_causal) if slides else None
+        self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
+
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = layer_config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = build_norm(config, self.head_dim if per_head else query_size)
+            self.k_norm = build_norm(config, self.head_dim if per_head else key_size)
+
+    def normalize(self, norm: nn.Module | None, projected: torch.Tensor) -> torch.Tensor:
+        """Norm of projected queries or keys, over as many features as the norm has: one head, or all of them."""
+        if norm is None:
+            return projected
+        return norm(projected.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.normalize(self.q_norm, self.q_proj(hidden_states)).view(hidden_shape).transpose(1, 2)  # (B,H,T,D)
+        key = self.normalize(self.k_norm, self.k_proj(hidden_states)).view(hidden_shape).transpose(1, 2)  # (B,G,T,D)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B,G,T,D)
+
+        if position_embeddings is not None and self.uses_rope:
+            cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)
+            query, key = turn(query, cos, sin), turn(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
+        return self.o_proj(attn_output), attn_weights
+
+
+# MLP -----------------------------------------------------------------------------------------------------------------
+
+
+class GroupFormerPlainMLP(nn.Module):
+    """`down(act(up(x)))` (Vaswani et al. 2017, eq. 2)."""
+
+    def __init__(self, config: GroupFormerConfig, layer_idx: int):
+        super().__init__()
+        intermediate_size = config.per_layer_config[layer_idx].intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class GroupFormerGatedMLP(GroupFormerPlainMLP):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: GroupFormerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class GroupFormerDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then MLP, each on the normed residual stream and added to it (GPT-2, Llama)."""
+
+    def __init__(self, config: GroupFormerConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = GroupFormerAttention(config, layer_idx)
+        self.mlp = MLPS[config.mlp_type](config, layer_idx)
+        self.residual_multiplier = config.residual_multiplier
+        self.dropout = config.hidden_dropout
+        self.build_norms(config)
+
+    def build_norms(self, config: GroupFormerConfig) -> None:
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+
+    def scale(self, sublayer_output: torch.Tensor) -> torch.Tensor:
+        """A sublayer's output as it is added to the residual stream."""
+        if self.dropout > 0:
+            sublayer_output = nn.functional.dropout(sublayer_output, p=self.dropout, training=self.training)
+        return sublayer_output if self.residual_multiplier == 1.0 else sublayer_output * self.residual_multiplier
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.scale(attn_output)
+        return hidden_states + self.scale(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
+    """Norms on the sublayers' outputs, before these are added to the residual stream (OLMo 2)."""
+
+    def build_norms(self, config: GroupFormerConfig) -> None:
+        self.post_attention_layernorm = build_norm(config)
+        self.post_feedforward_layernorm = build_norm(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = hidden_states + self.scale(self.post_attention_layernorm(attn_output))
+        return hidden_states + self.scale(self.post_feedforward_layernorm(self.mlp(hidden_states)))
+
+
+class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
+    """Attention and MLP side by side on the same residual stream, each with its own norm (GPT-NeoX) or one (Phi)."""
+
+    def build_norms(self, config: GroupFormerConfig) -> None:
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = None if config.shared_parallel_norm else build_norm(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(normed, **kwargs)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.scale(attn_output) + self.scale(self.mlp(normed))
+
+
+LAYERS = {
+    "before": GroupFormerDecoderLayer,
+    "after": GroupFormerPostNormDecoderLayer,
+    "parallel": GroupFormerParallelDecoderLayer,
+}
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+class GroupFormerPreTrainedModel(PreTrainedModel):
+    """What all GroupFormer models share: what they support, and which backends they refuse."""
+
+    config: GroupFormerConfig
+    config_class = GroupFormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [f"GroupFormer{kind}DecoderLayer" for kind in ("", "PostNorm", "Parallel")]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": GroupFormerDecoderLayer, "attentions": GroupFormerAttention}
+
+    def __init__(self, config: GroupFormerConfig, *args, **kwargs):
+        config.validate_architecture()  # again, because a config may have been changed since it was built
+        super().__init__(config, *args, **kwargs)
+
+    # `generate` prepares masks in advance for compiled decoding; these are ours, for the same names.
+    create_masks_for_generate = staticmethod(create_attention_masks)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        # Transformers asks here when the model is built and when the backend is set. Ours comes first, because its own
+        # check may load a kernel from the Hub.
+        if attn_implementation is not None:
+            self._refuse_backend(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _refuse_backend(self, name: str) -> None:
+        if self.config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation ({name!r}) cannot add the biases of position_embedding_type='alibi'; "
+                "choose 'eager' or 'sdpa'"
+            )
+        if name == "flex_attention" and self.config.attention_dropout > 0:
+            raise ValueError(
+                f"attn_implementation ({name!r}) has no dropout, but attention_dropout is "
+                f"{self.config.attention_dropout}; set it to 0 or choose 'eager' or 'sdpa'"
+            )
+
+
+class GroupFormerModel(GroupFormerPreTrainedModel):
+    """The bare transformer: token ids (B, T) or embeddings in, normed hidden states (B, T, hidden_size) out."""
+
+    def __init__(self, config: GroupFormerConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        absolute = ABSOLUTE_POSITIONS.get(config.position_embedding_type)
+        self.embed_positions = absolute(config) if absolute is not None else None
+        self.embed_norm = build_norm(config) if config.embedding_norm else None
+        self.embed_dropout = nn.Dropout(config.embedding_dropout)
+        layer_class = LAYERS["parallel" if config.parallel_residual else config.norm_position]
+        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.norm = build_norm(config)
+        self.rotary_emb = GroupFormerRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.mask_names = layer_mask_names(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def build_position_ids(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Positions (B or 1, T) of the new tokens, when the caller gave none.
+
+        Positions that are added to the embeddings count real tokens, so that a left-padded row means what it means
+        alone. Those inside the attention are relative: padding shifts them all alike.
+        """
+        length = inputs_embeds.shape[1]
+        if self.embed_positions is not None and attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+    def check_length(self, position_ids: torch.Tensor) -> None:
+        """Refuses positions beyond the ones that exist; RoPE computes them, and warns once."""
+        limit = self.config.max_position_embeddings
+        if self.rotary_emb is not None and position_ids.shape[-1] > limit:
+            logger.warning_once(
+                f"The sequence has {position_ids.shape[-1]} positions, more than max_position_embeddings ({limit}). "
+                "RoPE computes them, but the model was not made for them: quality may fall."
+            )
+        if self.embed_positions is None or position_ids.numel() == 0 or position_ids.is_meta:
+            return
+        if not torch.compiler.is_compiling() and (length := int(position_ids.max()) + 1) > limit:
+            raise ValueError(
+                f"The sequence has {length} positions, but max_position_embeddings ({limit}) is all that "
+                f"position_embedding_type={self.config.position_embedding_type!r} has; shorten or truncate the input"
+            )
+
+    def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
+        multiplier = self.config.embedding_multiplier
+        hidden_states = inputs_embeds if multiplier == 1.0 else inputs_embeds * multiplier
+        if self.embed_positions is not None:
+            positions = self.embed_positions(position_ids + self.config.position_offset)
+            hidden_states = hidden_states + positions.to(hidden_states.dtype)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
+        return self.embed_dropout(hidden_states)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): Token ids. Give these or `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*): `(B, S)` with 1 for real tokens and 0 for padding; or a
+                prepared mask `(B, 1, T, S)`; or, from `generate`, a dictionary of prepared masks.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions. Without an attention mask and
+                cache, positions that start again mark packed documents, which do not see each other.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`, *optional*): Instead of `input_ids`.
+            use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the cache.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more positions than there are.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
+        self.check_length(position_ids)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` may have prepared them
+            masks = create_attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        hidden_states = self.embed(inputs_embeds, position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
+
+        for mask_name, decoder_layer in zip(self.mask_names, self.layers[: self.config.num_hidden_layers]):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=masks[mask_name],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+# Heads ---------------------------------------------------------------------------------------------------------------
+
+
+class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
+    """GroupFormer with a language modeling head: logits (B, T, vocab_size), next-token loss, `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GroupFormerConfig):
+        super().__init__(config)
+        self.model = GroupFormerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """As `GroupFormerModel.forward`, and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Ids to predict, not shifted; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute logits for the last so many
+                tokens only, or for the given indices; 0 means all.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, *args, **kwargs):
+        """Transformers' `generate`; refused for bidirectional models, whose tokens would see their own future."""
+        if not self.config.is_causal:
+            raise ValueError(
+                "is_causal (False) makes this model bidirectional: it cannot generate; set is_causal=True"
+            )
+        return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Transformers' continuous batching; refused for ALiBi, because its paged masks hold no biases."""
+        if self.config.position_embedding_type == "alibi":
+            raise ValueError("position_embedding_type ('alibi') has no continuous batching; use `generate` instead")
+        return super().init_continuous_batching(*args, **kwargs)
+
+
+class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
+    """GroupFormer with a head over whole sequences: logits (B, num_labels) of regression, single or multi label tasks.
+
+    A causal model is read at the last real token of each row, the only one that saw the whole text; a bidirectional
+    one as the mean of its real tokens.
+    """
+
+    def __init__(self, config: GroupFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GroupFormerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def real_tokens(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of the new tokens are real: a boolean (B, T), from the attention mask where there is one."""
+        batch, length = hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return attention_mask[:, -length:].to(hidden_states.device) != 0
+        if self.config.pad_token_id is not None and input_ids is not None:
+            return input_ids.to(hidden_states.device) != self.config.pad_token_id
+        if batch > 1 and input_ids is not None:
+            raise ValueError(
+                f"pad_token_id (None) leaves padding unknown in a batch of {batch}; "
+                "pass attention_mask, set config.pad_token_id, or use batches of 1"
+            )
+        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+
+    def pool(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """One vector a row (B, hidden_size) of hidden states (B, T, hidden_size), finite for a row of padding too."""
+        if not self.config.is_causal:
+            weights = real.to(hidden_states.dtype).unsqueeze(-1)  # (B, T, 1)
+            return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        last = (indices * real).argmax(dim=-1)  # the greatest real index, wherever the padding is
+        return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """As `GroupFormerModel.forward`, and:
+
+        Args:
+            labels (`torch.Tensor`, *optional*): `(B,)` class ids, `(B, num_labels)` floats of a multi-label task, or
+                floats of a regression, as `config.problem_type` says or the labels' dtype tells.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        pooled = self.pool(hidden_states, self.real_tokens(input_ids, attention_mask, hidden_states))
+        logits = self.score(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The generic heads build their base through `AutoModel`, which knows no remote code; ours name it.
+class GroupFormerForTokenClassification(GenericForTokenClassification, GroupFormerPreTrainedModel):
+    """GroupFormer with a head over each token: logits (B, T, num_labels)."""
+
+    def __init__(self, config: GroupFormerConfig):
+        GroupFormerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GroupFormerModel(config)
+        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class GroupFormerForQuestionAnswering(GenericForQuestionAnswering, GroupFormerPreTrainedModel):
+    """GroupFormer with a head for spans: start and end logits (B, T)."""
+
+    def __init__(self, config: GroupFormerConfig):
+        GroupFormerPreTrainedModel.__init__(self, config)
+        self.model = GroupFormerModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "GroupFormerForCausalLM",
+    "GroupFormerForQuestionAnswering",
+    "GroupFormerForSequenceClassification",
+    "GroupFormerForTokenClassification",
+    "GroupFormerModel",
+    "GroupFormerPreTrainedModel",
+]
