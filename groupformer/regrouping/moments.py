@@ -1,6 +1,6 @@
 """What the inputs of attention look like: their second moment, measured on text or told by the norm before them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +118,22 @@ def adder(moment: Moment) -> Callable:
 
 
 def calibration_from_texts(
-    texts: Iterable[str], tokenizer: Any, config: GroupFormerConfig, tokens: int = 16_384, row_length: int = 512
+    texts: Sequence[str], tokenizer: Any, config: GroupFormerConfig, tokens: int = 16_384, row_length: int = 512
 ) -> torch.Tensor:
-    """Token ids (batch, row_length) of texts, end to end, up to so many tokens; a last short row is left out.
+    """Token ids (batch, row_length) of the beginnings of texts, end to end, up to so many tokens in all.
 
-    Texts that fill no row make one shorter row.
+    Every text gives an equal share, but at least a row. A last short row is left out; texts that fill no row make one
+    shorter row.
     """
     if config.position_embedding_type in ("learned", "sinusoidal"):
         row_length = min(row_length, config.max_position_embeddings)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    share = max(row_length, -(-tokens // max(1, len(texts))))
     input_ids: list[int] = []
     for text in texts:
-        input_ids += begin + tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        # No book is read for its first page: few tokens are longer than 16 characters.
+        part = tokenizer(text[: 16 * share], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        input_ids += (begin + part)[:share]
         if len(input_ids) >= tokens:
             break
     row_length = max(1, min(row_length, len(input_ids)))

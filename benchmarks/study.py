@@ -1,0 +1,343 @@
+"""The study behind docs/regroup.md: what fewer key-value heads cost, right after the merge and after uptraining.
+
+    python benchmarks/study.py --checkpoint runs/reference --data ../data/textbooks --parts merge speed
+    python benchmarks/study.py --checkpoint runs/reference --data ../data/textbooks   # everything: hours on a GPU
+
+Every cell of the study (one model, one figure) is a JSON file below --output, named after what it measures and the
+checkpoint's hash; a cell that is there is not computed again, so a study that was cut off goes on where it stopped.
+At the end all cells are gathered in study.json, printed as tables, and drawn as quality against cache size.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import groupformer
+from groupformer import GroupFormerForCausalLM
+from groupformer.evaluation import evaluate
+from groupformer.regrouping.merging import METHODS
+from groupformer.regrouping.moments import calibration_from_texts
+from groupformer.regrouping.uptraining import UptrainRecipe, uptrain
+from groupformer.tables import print_table
+from groupformer.training.data import read_column
+
+
+SEEDS = (0, 1, 2)
+PERCENTS = (1, 2, 5, 10)
+LOSSES = {"distilled": {"kl_weight": 1.0, "ce_weight": 0.1}, "text only": {"kl_weight": 0.0, "ce_weight": 1.0}}
+DECODING = {"batch": 8, "prompt": 256, "new": 64}
+
+
+class Study:
+    """One checkpoint, its texts, and the cells that are ready."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.source = Path(options.checkpoint)
+        weights = (self.source / "model.safetensors").read_bytes()
+        self.fingerprint = hashlib.sha256(weights).hexdigest()[:12]
+        self.folder = Path(options.output) / self.source.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        data = Path(options.data)
+        self.train_files, self.validation_files = str(data / "train-*.parquet"), str(data / "validation-*.parquet")
+        self.test_texts = read_column([data / "test-*.parquet"])[: options.documents]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.cells: dict[str, dict[str, Any]] = {}
+
+    def model(self) -> GroupFormerForCausalLM:
+        model = GroupFormerForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+        return model.to(self.device).eval()  # type: ignore[arg-type]
+
+    def calibration(self) -> torch.Tensor:
+        texts = read_column([self.train_files])[:: self.options.calibration_every]
+        config = self.model().config
+        return calibration_from_texts(texts, self.tokenizer, config, self.options.calibration_tokens)
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Held-out bits per byte of a model in memory, in windows of 512 tokens that move by 256."""
+        return evaluate(model.to(self.device), self.tokenizer, self.test_texts, window=512, stride=256)
+
+    def cell(self, compute: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:
+        """The cell of these labels: read, or computed and kept."""
+        setting = {**labels, "documents": len(self.test_texts), "checkpoint": self.fingerprint}
+        name = "_".join(f"{key}={value}" for key, value in setting.items()).replace(" ", "-").replace("/", "-")
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            started = time.time()
+            result = {**setting, **compute(), "seconds": round(time.time() - started, 1)}
+            aside = path.with_suffix(".partial")
+            aside.write_text(json.dumps(result, indent=2))
+            aside.rename(path)
+        self.cells[name] = json.loads(path.read_text())
+        print(name, f"{self.cells[name].get('bits_per_byte', float('nan')):.4f}", flush=True)
+        return self.cells[name]
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def original(study: Study) -> None:
+    """The checkpoint as it is."""
+    model = study.model()
+    heads = model.config.num_key_value_heads
+    study.cell(lambda: study.evaluate(model), part="original", kv_heads=heads)
+
+
+def merges(heads: list[int]) -> Iterator[dict[str, Any]]:
+    """Every merge: counts, methods, groupings, with and without calibration, and seeds where randomness enters."""
+    for kv_heads in heads:
+        for method in METHODS:
+            for grouping in ("adjacent", "similar") if kv_heads > 1 and method != "random" else ("adjacent",):
+                # The paper's methods look at no inputs; adjacent groups leave them nothing to calibrate.
+                knows_inputs = method in ("aligned", "svd") or grouping == "similar"
+                for calibrated in (False, True) if knows_inputs else (False,):
+                    for seed in SEEDS if method == "random" else (0,):
+                        yield {
+                            "kv_heads": kv_heads,
+                            "method": method,
+                            "grouping": grouping,
+                            "calibrated": calibrated,
+                            "seed": seed,
+                        }
+
+
+def regrouped(study: Study, calibration: torch.Tensor, merge: dict[str, Any]) -> GroupFormerForCausalLM:
+    return groupformer.regroup(
+        study.model(),
+        merge["kv_heads"],
+        method=merge["method"],
+        grouping=merge["grouping"],
+        calibration=calibration if merge["calibrated"] else None,
+        seed=merge["seed"],
+    )
+
+
+def merge_part(study: Study) -> None:
+    """Bits per byte right after each merge."""
+    calibration = study.calibration()
+    for merge in merges(study.options.kv_heads):
+        study.cell(lambda merge=merge: study.evaluate(regrouped(study, calibration, merge)), part="merge", **merge)
+
+
+def uptrain_part(study: Study) -> None:
+    """Bits per byte after uptraining on shares of the pre-training tokens, with and without a teacher."""
+    calibration = study.calibration()
+    chosen = [
+        {"method": "svd", "grouping": "similar", "calibrated": True},
+        {"method": "mean", "grouping": "adjacent", "calibrated": False},
+    ]
+    for kv_heads in study.options.kv_heads:
+        for choice in chosen:
+            for percent in study.options.percents:
+                for loss in LOSSES:
+                    for seed in SEEDS:
+                        merge = {"kv_heads": kv_heads, **choice, "seed": seed}
+                        study.cell(
+                            lambda merge=merge, percent=percent, loss=loss: uptrained(
+                                study, calibration, merge, percent, loss
+                            ),
+                            part="uptrain",
+                            **merge,
+                            percent=percent,
+                            loss=loss,
+                        )
+
+
+def uptrained(
+    study: Study, calibration: torch.Tensor, merge: dict[str, Any], percent: float, loss: str
+) -> dict[str, Any]:
+    work = study.folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    regrouped(study, calibration, merge).save_pretrained(work / "merged")
+    study.tokenizer.save_pretrained(work / "merged")
+    recipe = UptrainRecipe(
+        model=str(work / "merged"),
+        teacher=str(study.source),
+        train_files=[study.train_files],
+        validation_files=[study.validation_files],
+        tokens=int(pretraining_tokens(study) * percent / 100),
+        seed=merge["seed"],
+        **LOSSES[loss],
+    )
+    outcome = uptrain(recipe, work / "uptrained")
+    model = GroupFormerForCausalLM.from_pretrained(work / "uptrained", dtype=torch.float32)
+    result = {**study.evaluate(model), "tokens_trained": outcome["tokens"], "curve": outcome["curve"]}
+    shutil.rmtree(work)
+    return result
+
+
+def pretraining_tokens(study: Study) -> int:
+    """From the option, or from what `groupformer pretrain` wrote beside the checkpoint."""
+    if study.options.pretraining_tokens is not None:
+        return study.options.pretraining_tokens
+    path = study.source / "results.json"
+    if not path.exists():
+        raise ValueError(f"{path} is not there, so --pretraining-tokens is needed for the uptrain part")
+    return json.loads(path.read_text())["tokens"]
+
+
+def scratch_part(study: Study) -> None:
+    """Models of the same shape trained from scratch with fewer key-value heads, by the checkpoint's own recipe."""
+    from groupformer.training.pretraining import PretrainRecipe, pretrain
+
+    if study.options.recipe is None:
+        raise ValueError("--recipe (None) is needed for the scratch part: the YAML that trained the checkpoint")
+    for kv_heads in study.options.kv_heads:
+        for seed in SEEDS:
+
+            def compute(kv_heads: int = kv_heads, seed: int = seed) -> dict[str, Any]:
+                fields = PretrainRecipe.from_file(study.options.recipe).model
+                recipe = PretrainRecipe.from_file(
+                    study.options.recipe,
+                    model={**fields, "num_key_value_heads": kv_heads},
+                    train_files=[study.train_files],
+                    validation_files=[study.validation_files],
+                    seed=seed,
+                )
+                work = study.folder / f"scratch-{kv_heads}-{seed}"
+                pretrain(recipe, work, resume=True)
+                result = study.evaluate(GroupFormerForCausalLM.from_pretrained(work, dtype=torch.float32))
+                shutil.rmtree(work)
+                return result
+
+            study.cell(compute, part="scratch", kv_heads=kv_heads, seed=seed)
+
+
+@torch.no_grad()
+def decoding(model: Any) -> dict[str, float]:
+    """Tokens per second of greedy decoding (median of 3) and the size of the cache."""
+    batch, prompt, new = DECODING["batch"], DECODING["prompt"], DECODING["new"]
+    input_ids = torch.randint(0, model.config.vocab_size, (batch, prompt + 1), device=model.device)
+    speeds = []
+    for _ in range(3):
+        cache = model(input_ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+        token = input_ids[:, prompt:]
+        started = time.perf_counter()
+        for _ in range(new):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token.cpu()  # waits for a GPU
+        speeds.append(batch * new / (time.perf_counter() - started))
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"tokens_per_second": statistics.median(speeds), "cache_bytes_per_token": size / batch / (prompt + new)}
+
+
+def speed_part(study: Study) -> None:
+    """Decode speed and cache size for each count; the method does not matter."""
+    heads = study.model().config.num_key_value_heads
+    for kv_heads in [heads, *study.options.kv_heads]:
+        study.cell(
+            lambda kv_heads=kv_heads: decoding(groupformer.regroup(study.model(), kv_heads, method="first")),
+            part="speed",
+            kv_heads=kv_heads,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            **DECODING,
+        )
+
+
+PARTS = {"merge": merge_part, "uptrain": uptrain_part, "scratch": scratch_part, "speed": speed_part}
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def describe(cell: dict[str, Any]) -> str:
+    """What was done to a model, as a line of a table."""
+    if cell["part"] in ("original", "scratch"):
+        return cell["part"]
+    calibrated = ", calibrated" if cell["calibrated"] else ""
+    trained = f" + {cell['percent']} % {cell['loss']}" if cell["part"] == "uptrain" else ""
+    return f"{cell['method']}, {cell['grouping']}{calibrated}{trained}"
+
+
+def table(cells: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of what was done, and the mean over seeds of bits per byte for each count of heads."""
+    heads = sorted({cell["kv_heads"] for cell in cells}, reverse=True)
+    names = list(dict.fromkeys(describe(cell) for cell in cells))
+    rows = []
+    for name in names:
+        row: list[Any] = [name]
+        for count in heads:
+            values = [c["bits_per_byte"] for c in cells if describe(c) == name and c["kv_heads"] == count]
+            row.append(statistics.mean(values) if values else "")
+        rows.append(row)
+    return [["", *(f"{count} KV heads" for count in heads)], *rows]
+
+
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    """Quality against cache size: bits per byte over key-value heads, a line for each thing that was done."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    header, *rows = table(cells)
+    heads = [int(column.split()[0]) for column in header[1:]]
+    start = next((cell for cell in cells if cell["part"] == "original"), None)
+    for row in rows:
+        points = [(count, value) for count, value in zip(heads, row[1:]) if value != ""]
+        if row[0] == "original":
+            axes.axhline(points[0][1], color="grey", linestyle=":", label="original")
+            continue
+        if start is not None and row[0] != "scratch":
+            points.insert(0, (start["kv_heads"], start["bits_per_byte"]))
+        axes.plot(*zip(*points), marker="o", label=row[0])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(heads, [str(count) for count in heads])
+    axes.set_xlabel("key-value heads (the cache is proportional to them)")
+    axes.set_ylabel("held-out bits per byte")
+    axes.legend(fontsize="x-small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def report(study: Study) -> None:
+    cells = list(study.cells.values())
+    summary = {"checkpoint": str(study.source.name), "fingerprint": study.fingerprint, "cells": cells}
+    (study.folder / "study.json").write_text(json.dumps(summary, indent=2))
+    scored = [cell for cell in cells if "bits_per_byte" in cell]
+    header, *rows = table(scored)
+    print_table("Held-out bits per byte", header, rows)
+    speeds = [cell for cell in cells if cell["part"] == "speed"]
+    if speeds:
+        columns = ["kv_heads", "cache_bytes_per_token", "tokens_per_second"]
+        print_table("Decoding", columns, [[cell[column] for column in columns] for cell in speeds])
+    if study.options.plot is not None:
+        draw(scored, Path(study.options.plot))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="Folder of a multi-head GroupFormer.")
+    parser.add_argument("--data", required=True, help="Folder with train-, validation- and test-*.parquet.")
+    parser.add_argument("--output", default="runs/study", help="Folder of the cells.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--kv-heads", nargs="+", type=int, default=[4, 2, 1])
+    parser.add_argument("--percents", nargs="+", type=float, default=list(PERCENTS))
+    parser.add_argument("--documents", type=int, default=None, help="Test documents. Default: all.")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--calibration-every", type=int, default=97, help="Take every so many-th training document.")
+    parser.add_argument("--pretraining-tokens", type=int, default=None)
+    parser.add_argument("--recipe", default=None, help="The YAML that trained the checkpoint, for the scratch part.")
+    parser.add_argument("--plot", default=None, help="File of the plot, e.g. docs/regroup.png.")
+    study = Study(parser.parse_args())
+    original(study)
+    for part in study.options.parts:
+        PARTS[part](study)
+    report(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Uptraining: a short training of a regrouped model that wins back what the merge lost, distilling from the original.
+
+The GQA paper (Ainslie et al. 2023, section 2.1) goes on with pre-training for 5 % of its tokens. Here the original
+teaches as well: its whole distribution over the next token says more than the one token that came.
+
+TRL (1.16) was looked at first. Its `GKDTrainer` has the divergences, but passes no position_ids on, so that packed
+documents would see each other, and it has no cross-entropy beside them; its `DistillationTrainer` learns from texts
+that the student generates, for prompts and rewards. What is needed is one loss on transformers' own Trainer.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+
+from ..training.data import expand, load_files, tokenize_and_pack
+from ..training.pretraining import PackedTrainer, bytes_per_token, packed_collator
+from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output
+
+
+IGNORED = -100
+ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed
+
+
+@dataclass
+class UptrainRecipe:
+    """What `groupformer uptrain` needs to know.
+
+    Args:
+        model: Folder or Hub id of the regrouped model.
+        teacher: Folder or Hub id of the original, with the same vocabulary. Needed unless `kl_weight` is 0.
+        train_files, validation_files: Paths or patterns of parquet, JSON, CSV or text files.
+        tokens: How many tokens to train on; the data are repeated where they are fewer.
+        kl_weight: Of KL(teacher ‖ student), the mean over tokens (Hinton et al. 2015, section 2).
+        ce_weight: Of the text's own cross-entropy.
+        temperature: Of both distributions in the KL, which is multiplied by its square (likewise).
+        lora: Train low-rank adapters of the attention projections, merged into the weights at the end.
+        lora_rank: Their rank; alpha is twice that.
+        text_column: The column with the text.
+        tokenizer: Folder or Hub id; by default the model's.
+        row_length: Tokens in a packed row.
+        batch_size: Rows per device in one forward pass.
+        gradient_accumulation_steps: Forward passes in one optimizer step.
+        learning_rate: Highest of the cosine. Default: 5e-4, with LoRA 1e-3.
+        warmup_ratio, weight_decay: Of AdamW with betas 0.9 and 0.95, gradients clipped at norm 1.
+        evaluations: How often to evaluate, and to save, on the way.
+        bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        seed: Of data order and adapters.
+    """
+
+    model: str
+    teacher: str | None = None
+    train_files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    tokens: int = 1_000_000
+    kl_weight: float = 1.0
+    ce_weight: float = 0.1
+    temperature: float = 1.0
+    lora: bool = False
+    lora_rank: int = 16
+    text_column: str = "text"
+    tokenizer: str | None = None
+    row_length: int = 512
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.1
+    evaluations: int = 10
+    bf16: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        counts = ("tokens", "row_length", "batch_size", "gradient_accumulation_steps", "lora_rank", "evaluations")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("kl_weight", "ce_weight", "weight_decay", "warmup_ratio"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature ({self.temperature}) must be above 0")
+        if self.kl_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kl_weight (0) and ce_weight (0) leave nothing to learn from; set one above 0")
+        if self.kl_weight > 0 and self.teacher is None:
+            raise ValueError(
+                f"teacher (None) is needed with kl_weight ({self.kl_weight}); name the original, or set kl_weight to 0"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.row_length * self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+class DistillationTrainer(PackedTrainer):
+    """Trainer with `kl_weight * KL(teacher ‖ student) + ce_weight * cross-entropy`; it evaluates cross-entropy alone,
+    so that the curve can be compared with any other model's."""
+
+    def __init__(self, *args, teacher: Any, recipe: UptrainRecipe, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**inputs, use_cache=False)
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(**inputs, use_cache=False).logits[:, :-1]
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = distillation_loss(outputs.logits[:, :-1], taught, labels, self.recipe) / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # each process counted the tokens of all
+        return (loss, outputs) if return_outputs else loss
+
+
+def distillation_loss(
+    logits: torch.Tensor, taught: torch.Tensor | None, labels: torch.Tensor, recipe: UptrainRecipe
+) -> torch.Tensor:
+    """The sum over scored tokens of `kl_weight * T² * KL(teacher ‖ student) + ce_weight * cross-entropy`.
+
+    Args:
+        logits, taught: The student's and the teacher's, (batch, seq, vocab), each for the label at its place.
+        labels: (batch, seq); -100 is not scored.
+    """
+    scored = labels != IGNORED
+    logits = logits[scored].float()
+    loss = logits.new_zeros(())
+    if recipe.ce_weight > 0:
+        loss = loss + recipe.ce_weight * functional.cross_entropy(logits, labels[scored], reduction="sum")
+    if taught is not None and recipe.kl_weight > 0:
+        student = functional.log_softmax(logits / recipe.temperature, dim=-1)
+        teacher = functional.log_softmax(taught[scored].float() / recipe.temperature, dim=-1)
+        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        loss = loss + recipe.kl_weight * recipe.temperature**2 * divergence
+    return loss
+
+
+def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
+    """The student in float32, the teacher or `None`, and the dtype of the student's checkpoint.
+
+    Raises:
+        ValueError: a bidirectional student, another vocabulary, or rows that are longer than the positions.
+    """
+    configs = {
+        name: AutoConfig.from_pretrained(source)
+        for name, source in (("model", recipe.model), ("teacher", recipe.teacher if recipe.kl_weight else None))
+        if source is not None
+    }
+    for name, config in configs.items():
+        if getattr(config, "is_causal", True) is False:
+            raise ValueError(f"{name} ({getattr(recipe, name)}) has is_causal=False: it predicts no next token")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and recipe.row_length > limit:
+            raise ValueError(
+                f"row_length ({recipe.row_length}) is longer than max_position_embeddings ({limit}) of {name}; "
+                "choose a shorter row"
+            )
+    sizes = {name: config.vocab_size for name, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"teacher has vocab_size {sizes['teacher']}, but model has {sizes['model']}; "
+            "distillation needs one vocabulary: choose the model that this one was made from"
+        )
+    student: Any = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    teacher: Any = None
+    if recipe.teacher is not None and "teacher" in configs:
+        teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher, dtype="auto").requires_grad_(False)
+    return student, teacher, configs["model"].dtype
+
+
+def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
+    """Packed rows to train and to validate on; without validation files, every 20th row (at least one) is held out.
+
+    Raises:
+        ValueError: files that cannot be read, or too little text for the rows.
+    """
+    rows = tokenize_and_pack(load_files(recipe.train_files), tokenizer, recipe.row_length, recipe.text_column)
+    if recipe.validation_files:
+        texts = load_files(recipe.validation_files)
+        validation = tokenize_and_pack(texts, tokenizer, recipe.row_length, recipe.text_column)
+    else:
+        held_out = range(0, len(rows), 20)
+        validation = rows.select(held_out)
+        rows = rows.select(index for index in range(len(rows)) if index % 20)
+    for name, split in (("training", rows), ("validation", validation)):
+        if not len(split):
+            raise ValueError(
+                f"row_length ({recipe.row_length}) leaves no row of {name} text; choose shorter rows or give more text"
+            )
+    return rows, validation
+
+
+def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> TrainingArguments:
+    """The recipe in Trainer's words."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    every = max(1, recipe.steps // recipe.evaluations)
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate or (1e-3 if recipe.lora else 5e-4),
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_on_start=not resumed,
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=max(1, every // 5),
+        bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        prediction_loss_only=True,
+        report_to=[],
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+
+
+def add_lora(model: Any, recipe: UptrainRecipe) -> Any:
+    """The model with low-rank adapters (Hu et al. 2021) on its attention projections."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=2 * recipe.lora_rank,
+        target_modules=ATTENTION_MODULES,
+    )
+    return get_peft_model(model, lora)
+
+
+def uptrain(
+    recipe: UptrainRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Trains a regrouped model by a recipe and saves it, merged and in its checkpoint's dtype, to `output`.
+
+    Args:
+        recipe: What to train, from whom, on what, and how.
+        output: Folder of checkpoints, log and the final model.
+        resume: Go on from the last whole checkpoint in `output`, if there is one.
+        overwrite: Replace what is in `output`.
+
+    Returns:
+        Steps and tokens seen; validation loss and bits per byte at the end; and "curve", these figures by tokens seen,
+        from 0 on.
+
+    Raises:
+        ValueError: a recipe that cannot be run, or an output folder that is not empty.
+        KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
+    """
+    output = Path(output)
+    set_seed(recipe.seed)
+    student, teacher, dtype = load_models(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    train_rows, validation_rows = load_rows(recipe, tokenizer)
+    inputs: list[str | Path] = [*expand([*recipe.train_files, *recipe.validation_files]), recipe.model]
+    if recipe.teacher is not None:
+        inputs.append(recipe.teacher)
+    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
+    model = add_lora(student, recipe) if recipe.lora else student
+    checkpoint = last_checkpoint(output) if resume else None
+    on_interrupt = SaveOnInterrupt()
+    trainer = DistillationTrainer(
+        model=model,
+        args=training_arguments(recipe, output, resumed=checkpoint is not None),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=packed_collator(student),
+        processing_class=tokenizer,
+        callbacks=[on_interrupt],
+        validation_bytes_per_token=bytes_per_token(validation_rows, tokenizer),
+        teacher=teacher,
+        recipe=recipe,
+    )
+    with on_interrupt:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    scores = trainer.evaluate()
+    results = {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * recipe.tokens_per_step,
+        "validation_loss": scores["eval_loss"],
+        "validation_bits_per_byte": scores["eval_bits_per_byte"],
+        "curve": evaluation_curve(trainer.state.log_history, recipe),
+    }
+    save(model, tokenizer, output, dtype)
+    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    return results
+
+
+def evaluation_curve(log: list[dict[str, Any]], recipe: UptrainRecipe) -> list[dict[str, float]]:
+    """Tokens seen, validation loss and bits per byte of each evaluation, each number of tokens once."""
+    curve = {
+        entry["step"]: {
+            "tokens": entry["step"] * recipe.tokens_per_step,
+            "loss": entry["eval_loss"],
+            "bits_per_byte": entry["eval_bits_per_byte"],
+        }
+        for entry in log
+        if "eval_bits_per_byte" in entry
+    }
+    return [curve[step] for step in sorted(curve)]
+
+
+def save(model: Any, tokenizer: Any, output: Path, dtype: torch.dtype | None) -> None:
+    """The plain model, adapters merged, and its tokenizer."""
+    plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    plain.config.use_cache = True  # Trainer turns it off for training, and would save that
+    plain.to(dtype or torch.float32).save_pretrained(output)
+    tokenizer.save_pretrained(output)
