@@ -8,16 +8,15 @@ One architecture, its variants chosen once when the model is built (see `configu
 - RMSNorm or LayerNorm, before or after the sublayers, side by side (parallel residual), and on queries and keys;
 - gated or plain MLP; biases where configured; sliding windows by layer; causal or bidirectional.
 
-The file reads top to bottom: norms, positions, masks, attention, MLP, layers, model, heads. Attention goes through
+The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Attention goes through
 transformers' attention interface. Module names are Llama's. This file also travels to the Hub as remote code, so it
-imports nothing but torch, transformers and the configuration beside it.
+imports nothing but torch, transformers and the files beside it: configuration, masks, cache and faster operations.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForTokenClassification,
@@ -43,7 +42,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_groupformer import grow_in_place
 from .configuration_groupformer import GroupFormerConfig
+from .masking_groupformer import create_attention_masks, layer_mask_names
+from .ops_groupformer import OWN_ATTENTION, head_cross_entropy, is_plain, project
 
 
 logger = logging.get_logger(__name__)
@@ -133,121 +135,25 @@ class GroupFormerRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)  # (B, T, rotary_dim)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Multiplies each pair `(x[j], x[j + d/2])`, read as a complex number, by the imaginary unit."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+        cos, sin = (
+            angles.cos() * self.attention_scaling,
+            angles.sin() * self.attention_scaling,
+        )  # (B, T, rotary_dim / 2)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B, 1, T, rotary_dim)
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns heads (B, H or G, T, D) by their positions' angles; cos and sin are (B, 1, T, rotary_dim).
+    """Turns each pair `(x[j], x[j + d/2])` of heads (B, H or G, T, D) by its position's angle.
 
-    Where `rotary_dim` is below `D` (partial rotary), the head's last features pass unturned.
+    `cos` and `sin` are (B, 1, T, d), the first half of the sines negative: they meet the halves of x in exchange.
+    Where d is below `D` (partial rotary), the head's last features pass unturned.
     """
     rotary_dim = cos.shape[-1]
-    if rotary_dim == x.shape[-1]:
-        return x * cos + rotate_half(x) * sin
-    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
-    return torch.cat((turned * cos + rotate_half(turned) * sin, kept), dim=-1)
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes of ALiBi (Press et al. 2022, section 3): `2^(-8 i / n)`, i = 1 … n, for a power of two n of heads.
-
-    Other counts take the slopes of the next lower power of two, then every second one of the next higher, as the
-    authors' code does.
-    """
-    power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power + 1, 2)]
-    return slopes + between[: num_heads - power]
-
-
-# Masks ---------------------------------------------------------------------------------------------------------------
-
-
-def layer_mask_names(config: GroupFormerConfig) -> list[str]:
-    """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
-    if not config.is_heterogeneous:
-        return config.layer_types or []
-    windows = [layer.sliding_window for layer in config.per_layer_config]
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
-    return [
-        f"sliding_attention_{window}" if slides and several else kind
-        for kind, window, slides in zip(config.layer_types, windows, sliding)
-    ]
-
-
-def create_attention_masks(
-    config: GroupFormerConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None = None,
-    **kwargs,
-) -> dict[str, Any]:
-    """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
-
-    With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
-    passes arguments of other models (token types); they are ignored.
-    """
-    uses_alibi = config.position_embedding_type == "alibi"
-    names = layer_mask_names(config)
-    masks = {}
-    for name in dict.fromkeys(names):
-        layer_idx = names.index(name)
-        create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
-        mask = create_mask(
-            config=config.per_layer_config[layer_idx],
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            layer_idx=layer_idx,
-            allow_is_causal_skip=not uses_alibi,
-        )
-        if uses_alibi:
-            mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
-        masks[name] = mask
-    return masks
-
-
-def add_alibi(
-    config: GroupFormerConfig,
-    mask: torch.Tensor,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    layer_idx: int,
-) -> torch.Tensor:
-    """Writes ALiBi's biases `-slope_h * |q - k|` (Press et al. 2022, section 3) into a mask (B, 1, T, S).
-
-    Returns an additive float mask (B or 1, H, T, S). Positions count real tokens where a 2D `attention_mask` tells
-    them from padding, and plain indices elsewhere.
-    """
-    length = inputs_embeds.shape[1]
-    device, dtype = inputs_embeds.device, inputs_embeds.dtype
-    seen = past_key_values.get_query_offset(layer_idx) if past_key_values is not None else 0
-    first_key = past_key_values.get_mask_sizes(length, layer_idx)[1] if past_key_values is not None else 0
-    query_index = torch.arange(length, device=device) + seen
-    key_index = torch.arange(mask.shape[-1], device=device) + first_key
-    if attention_mask is not None and attention_mask.ndim == 2:
-        positions = attention_mask.to(device=device, dtype=torch.long).cumsum(-1) - 1
-        last = positions.shape[-1] - 1  # a static cache is longer than its mask; what lies beyond is masked
-        query_position = positions[:, query_index.clamp(max=last)]
-        key_position = positions[:, key_index.clamp(max=last)]
-    else:
-        query_position, key_position = query_index[None], key_index[None]
-    distance = (query_position[:, None, :, None] - key_position[:, None, None, :]).abs()  # (B or 1, 1, T, S)
-    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=device)[None, :, None, None]
-    biases, lowest = (-slopes * distance).to(dtype), torch.finfo(dtype).min
-    return torch.where(mask, biases, lowest) if mask.dtype == torch.bool else (mask + biases).clamp(min=lowest)
+    if rotary_dim < x.shape[-1]:
+        turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+        return torch.cat((turn(turned, cos, sin), kept), dim=-1)
+    return x * cos + torch.roll(x, rotary_dim // 2, dims=-1) * sin
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -331,20 +237,20 @@ class GroupFormerAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.normalize(self.q_norm, self.q_proj(hidden_states)).view(hidden_shape).transpose(1, 2)  # (B,H,T,D)
-        key = self.normalize(self.k_norm, self.k_proj(hidden_states)).view(hidden_shape).transpose(1, 2)  # (B,G,T,D)
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B,G,T,D)
+        query = self.normalize(self.q_norm, project(self.q_proj, hidden_states))
+        key = self.normalize(self.k_norm, project(self.k_proj, hidden_states))
+        query, key = (states.view(hidden_shape).transpose(1, 2) for states in (query, key))  # (B, H or G, T, D)
+        value = project(self.v_proj, hidden_states).view(hidden_shape).transpose(1, 2)  # (B, G, T, D)
 
         if position_embeddings is not None and self.uses_rope:
-            cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)
-            query, key = turn(query, cos, sin), turn(key, cos, sin)
+            query, key = turn(query, *position_embeddings), turn(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = OWN_ATTENTION.get(attention_interface, attention_interface)(
             self,
             query,
             key,
@@ -356,7 +262,7 @@ class GroupFormerAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
-        return self.o_proj(attn_output), attn_weights
+        return project(self.o_proj, attn_output), attn_weights
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
@@ -373,7 +279,7 @@ class GroupFormerPlainMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
 
 
 class GroupFormerGatedMLP(GroupFormerPlainMLP):
@@ -384,7 +290,8 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
         self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(project(self.gate_proj, hidden_states))
+        return project(self.down_proj, gate * project(self.up_proj, hidden_states))
 
 
 MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
@@ -593,7 +500,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = grow_in_place(DynamicCache(config=self.config))
         if position_ids is None:
             position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
         self.check_length(position_ids)
@@ -649,6 +556,7 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As `GroupFormerModel.forward`, and:
@@ -657,17 +565,24 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Ids to predict, not shifted; -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute logits for the last so many
                 tokens only, or for the given indices; 0 means all.
+            skip_logits (`bool`, *optional*): Return the loss without logits, whose memory is then saved. Default: in
+                training, where there are labels. Heads that are adapted, quantized or sharded give them all the same.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        if self.config.logits_scaling != 1.0:
-            logits = logits / self.config.logits_scaling
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        if skip_logits and labels is not None and self.can_skip_logits(logits_to_keep):
+            logits, scaling = None, self.config.logits_scaling
+            loss = head_cross_entropy(self.lm_head, outputs.last_hidden_state, labels, scaling, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = project(self.lm_head, outputs.last_hidden_state[:, kept, :])
+            if self.config.logits_scaling != 1.0:
+                logits = logits / self.config.logits_scaling
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -675,6 +590,18 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def can_skip_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
+        """Whether the loss is the usual one of all logits, its head a plain matrix, and no graph is being compiled."""
+        usual = self.loss_function is ForCausalLMLoss and isinstance(logits_to_keep, int) and logits_to_keep == 0
+        return usual and is_plain(self.lm_head) and not torch.compiler.is_compiling()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and type(cache) is DynamicCache:
+            grow_in_place(cache)
 
     def generate(self, *args, **kwargs):
         """Transformers' `generate`; refused for bidirectional models, whose tokens would see their own future."""

@@ -55,9 +55,8 @@ def test_the_shipped_card_has_valid_metadata_and_no_gaps(shipped):
 
 
 def test_the_shipped_code_is_the_packages_code():
-    for part in ("configuration", "modeling", "tokenization"):
-        name = f"{part}_groupformer.py"
-        assert (FOLDER / name).read_text() == (FOLDER.parent / "groupformer" / name).read_text(), name
+    package = {path.name: path.read_text() for path in (FOLDER.parent / "groupformer").glob("*_groupformer.py")}
+    assert {path.name: path.read_text() for path in FOLDER.glob("*.py")} == package
 
 
 def test_the_template_is_filled_for_any_model():

@@ -1,0 +1,107 @@
+# Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
+"""Attention masks by layer, with the biases of ALiBi in them.
+
+This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the configuration.
+
+Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads.
+"""
+
+import math
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .configuration_groupformer import GroupFormerConfig
+
+
+def layer_mask_names(config: GroupFormerConfig) -> list[str]:
+    """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
+    if not config.is_heterogeneous:
+        return config.layer_types or []
+    windows = [layer.sliding_window for layer in config.per_layer_config]
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
+    return [
+        f"sliding_attention_{window}" if slides and several else kind
+        for kind, window, slides in zip(config.layer_types, windows, sliding)
+    ]
+
+
+def create_attention_masks(
+    config: GroupFormerConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> dict[str, Any]:
+    """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
+
+    With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
+    passes arguments of other models (token types); they are ignored.
+    """
+    uses_alibi = config.position_embedding_type == "alibi"
+    names = layer_mask_names(config)
+    masks = {}
+    for name in dict.fromkeys(names):
+        layer_idx = names.index(name)
+        create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
+        mask = create_mask(
+            config=config.per_layer_config[layer_idx],
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=layer_idx,
+            allow_is_causal_skip=not uses_alibi,
+        )
+        if uses_alibi:
+            mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
+        masks[name] = mask
+    return masks
+
+
+def add_alibi(
+    config: GroupFormerConfig,
+    mask: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    layer_idx: int,
+) -> torch.Tensor:
+    """Writes ALiBi's biases `-slope_h * |q - k|` (Press et al. 2022, section 3) into a mask (B, 1, T, S).
+
+    Returns an additive float mask (B or 1, H, T, S). Positions count real tokens where a 2D `attention_mask` tells
+    them from padding, and plain indices elsewhere.
+    """
+    length = inputs_embeds.shape[1]
+    device, dtype = inputs_embeds.device, inputs_embeds.dtype
+    seen = past_key_values.get_query_offset(layer_idx) if past_key_values is not None else 0
+    first_key = past_key_values.get_mask_sizes(length, layer_idx)[1] if past_key_values is not None else 0
+    query_index = torch.arange(length, device=device) + seen
+    key_index = torch.arange(mask.shape[-1], device=device) + first_key
+    if attention_mask is not None and attention_mask.ndim == 2:
+        positions = attention_mask.to(device=device, dtype=torch.long).cumsum(-1) - 1
+        last = positions.shape[-1] - 1  # a static cache is longer than its mask; what lies beyond is masked
+        query_position = positions[:, query_index.clamp(max=last)]
+        key_position = positions[:, key_index.clamp(max=last)]
+    else:
+        query_position, key_position = query_index[None], key_index[None]
+    distance = (query_position[:, None, :, None] - key_position[:, None, None, :]).abs()  # (B or 1, 1, T, S)
+    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=device)[None, :, None, None]
+    biases, lowest = (-slopes * distance).to(dtype), torch.finfo(dtype).min
+    return torch.where(mask, biases, lowest) if mask.dtype == torch.bool else (mask + biases).clamp(min=lowest)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of ALiBi (Press et al. 2022, section 3): `2^(-8 i / n)`, i = 1 … n, for a power of two n of heads.
+
+    Other counts take the slopes of the next lower power of two, then every second one of the next higher, as the
+    authors' code does.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power + 1, 2)]
+    return slopes + between[: num_heads - power]

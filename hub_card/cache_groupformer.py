@@ -1,0 +1,211 @@
+# Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
+"""Layers of a KV cache that grow without copying, for transformers' own `DynamicCache`.
+
+`DynamicLayer` joins old and new keys into a new tensor for every token, so each decoded token moves the whole cache.
+Here keys and values begin a larger memory, their room, and new ones are written behind them. A full room is
+replaced by one a quarter larger than what is needed: that copies about four tokens for every new one, however many
+there are, and the memory held stays within 1.25 of what the tokens need.
+
+The cache itself stays a `DynamicCache`: beam search, assisted decoding, offloading and whatever else knows its layers
+goes on working. Where writing in place could be wrong, transformers' own way is taken, which copies: gradients through
+the cache, graphs being compiled or exported, and sliding windows that record their past for assisted decoding.
+
+This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
+
+Shapes: B batch, G key-value heads, T new tokens, S tokens seen (cached and new), D head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class Room:
+    """Memory (B, G, capacity, D) for keys and for values, of which a stretch of `length` tokens is in use.
+
+    `keys` and `values` are views of that stretch, (B, G, length, D).
+    """
+
+    def __init__(self, key_memory: torch.Tensor, value_memory: torch.Tensor, length: int, start: int = 0):
+        self.key_memory, self.value_memory = key_memory, value_memory
+        self.show(start, length)
+
+    def show(self, start: int, length: int) -> None:
+        """Takes another stretch of the memory as the one in use."""
+        self.start, self.length = start, length
+        self.keys = self.key_memory.narrow(2, start, length)
+        self.values = self.value_memory.narrow(2, start, length)
+
+    def takes(self, count: int) -> bool:
+        """Whether so many tokens fit behind those in use, and may be written there."""
+        fits = self.start + self.length + count <= self.key_memory.shape[2]
+        # Memory that was made in inference mode cannot be written outside of it.
+        return fits and (torch.is_inference_mode_enabled() or not self.key_memory.is_inference())
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Writes new tokens (B, G, T, D) behind those in use."""
+        place, count = self.start + self.length, key_states.shape[2]
+        self.key_memory.narrow(2, place, count).copy_(key_states)
+        self.value_memory.narrow(2, place, count).copy_(value_states)
+        self.show(self.start, self.length + count)
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Room":
+        """The room after a change of its memory that leaves the dimension of tokens as it is."""
+        return Room(change(self.key_memory), change(self.value_memory), self.length, self.start)
+
+
+def roomy(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Memory that begins with these pieces (B, G, any, D), one behind the other, and is a quarter larger."""
+    batch, heads, _, head_dim = pieces[0].shape
+    length = sum(piece.shape[2] for piece in pieces)
+    memory = pieces[-1].new_empty(batch, heads, length + length // 4, head_dim)
+    for part, piece in zip(memory.narrow(2, 0, length).split([piece.shape[2] for piece in pieces], dim=2), pieces):
+        part.copy_(piece)
+    return memory
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new keys and values behind the old ones.
+
+    Its room belongs to it for as long as nobody else sets `keys` or `values`.
+    """
+
+    keys: Any
+    values: Any
+    room: Room | None = None
+
+    def owned_room(self) -> Room | None:
+        if self.room is not None and (self.keys is not self.room.keys or self.values is not self.room.values):
+            self.room = None
+        return self.room
+
+    def enter(self, room: Room) -> None:
+        self.room, self.keys, self.values = room, room.keys, room.values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds keys and values (B, G, T, D) of new tokens and returns those of all, (B, G, S, D).
+
+        What is returned are views. They keep what they hold while tokens are added; after a `crop`, the places of what
+        was cropped are written again.
+        """
+        if self.must_copy(key_states, value_states):
+            self.room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        room = self.owned_room()
+        if room is not None and room.takes(key_states.shape[2]):
+            room.append(key_states, value_states)
+        else:
+            held = self.get_seq_length()
+            room = Room(
+                roomy([self.keys, key_states] if held else [key_states]),
+                roomy([self.values, value_states] if held else [value_states]),
+                held + key_states.shape[2],
+            )
+        self.enter(room)
+        return room.keys, room.values
+
+    def must_copy(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether to leave an update to transformers: for gradients, for graphs, or for its error on a wrong shape."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return True
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return True
+        held = self.keys
+        if held is None or held.numel() == 0:
+            return False
+        return held.requires_grad or held.shape[:2] != key_states.shape[:2] or held.dtype != key_states.dtype
+
+    def change(self, change: Callable[[torch.Tensor], torch.Tensor], otherwise: Callable[[], None]) -> None:
+        """Changes the room, or, where there is none, the keys and values by themselves."""
+        room = self.owned_room()
+        if room is None:
+            otherwise()
+        else:
+            self.enter(room.changed(change))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        room = self.owned_room()
+        super().crop(tokens_to_remove)
+        if room is not None and self.keys is not room.keys:
+            room.show(room.start, self.keys.shape[2])
+            self.enter(room)
+
+    def reset(self) -> None:
+        self.room = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.change(
+            lambda it: it.index_select(0, beam_idx.to(it.device)),
+            lambda: super(GrowingLayer, self).reorder_cache(beam_idx),
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(
+            lambda it: it.repeat_interleave(repeats, dim=0),
+            lambda: super(GrowingLayer, self).batch_repeat_interleave(repeats),
+        )
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change(lambda it: it[indices, ...], lambda: super(GrowingLayer, self).batch_select_indices(indices))
+
+    def offload(self) -> None:
+        self.change(lambda it: it.to("cpu", non_blocking=True), super().offload)
+
+    def prefetch(self) -> None:
+        self.change(lambda it: it.to(self.device, non_blocking=True), super().prefetch)
+
+
+class GrowingSlidingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):
+    """A `DynamicSlidingWindowLayer` whose window moves through its room, and from its end into a new one.
+
+    Like the original it keeps the last `sliding_window - 1` tokens, and returns these and the new ones.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `GrowingLayer.update`, with the keys and values that the window's tokens can see."""
+        if self.record_past or self.must_copy(key_states, value_states):
+            self.room = None
+            return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        room = self.owned_room()
+        if room is not None and room.takes(key_states.shape[2]):
+            room.append(key_states, value_states)
+            seen = room.keys, room.values
+            surplus = max(0, room.length - self.sliding_window + 1)
+            room.show(room.start + surplus, room.length - surplus)
+        else:
+            if self.keys.numel():
+                key_states = torch.cat([self.keys, key_states], dim=2)
+                value_states = torch.cat([self.values, value_states], dim=2)
+            seen = key_states, value_states
+            kept = min(key_states.shape[2], self.sliding_window - 1)
+            first = key_states.shape[2] - kept
+            room = Room(roomy([key_states.narrow(2, first, kept)]), roomy([value_states.narrow(2, first, kept)]), kept)
+        self.enter(room)
+        return seen
+
+
+GROWING_LAYERS: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingWindowLayer}
+
+
+def grow_in_place(cache: DynamicCache) -> DynamicCache:
+    """Gives an empty cache growing layers for those of transformers' that have a growing kind; others stay."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        kind = GROWING_LAYERS.get(type(layer))
+        if kind is not None and not layer.is_initialized:
+            growing = kind.__new__(kind)
+            vars(growing).update(vars(layer))  # its window, and whether that was told to record its past
+            layers[index] = growing
+    return cache

@@ -1,0 +1,221 @@
+# Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
+"""Faster ways to compute what GroupFormer's modeling file says: products, attention of few tokens, next-token loss.
+
+Each gives the numbers of its plain counterpart (up to rounding) and takes that one wherever something unusual is at
+work: adapters, quantized weights, hooks, parallelism, compiled graphs.
+
+This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
+
+Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+def mkl_is_slow() -> bool:
+    """Whether MKL, which torch multiplies float32 matrices with on x86, runs on another maker's CPU than Intel's.
+
+    It does not take its fast paths there. oneDNN, which torch brings as well, does: on an AMD EPYC it multiplies a row
+    by a matrix about 1.5 times as fast, and 512 rows 1.15 times (benchmarks/speed.py).
+    """
+    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        makers = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id")]
+    except OSError:  # no Linux
+        return False
+    return bool(makers) and "GenuineIntel" not in makers[0]
+
+
+PREFERS_ONEDNN = mkl_is_slow()
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is `nn.Linear` and nothing more: no adapter, quantized weight, hook or changed `forward`."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear._parameters["weight"]) is nn.Parameter
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__
+    )
+
+
+def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)`, at float32 inference by oneDNN where that is faster than MKL.
+
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off, for those who compare with other models bit by bit.
+    """
+    if (
+        PREFERS_ONEDNN
+        and hidden_states.dtype is torch.float32
+        and hidden_states.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and is_plain(linear)
+        and linear.weight.dtype is torch.float32
+        and linear.weight.is_cpu
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0  # flop counters and fake tensors want to see the plain product
+    ):
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, linear.weight, linear.bias, "none", [], "")
+    return linear(hidden_states)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' sdpa, without repeating keys and values when new tokens (B, H, T, D) follow cached ones.
+
+    The query heads of a group are laid side by side as more queries of their shared head, (B, G, H / G * T, D), and
+    the mask (B, 1 or H, T, S) with them. Transformers' newest versions do this for a single token.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, seen = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    follows_cached = length < seen and (length == 1 or attention_mask is not None)
+    if group == 1 or not follows_cached or "cache" in kwargs or torch.compiler.is_compiling():
+        return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None:
+        rows = attention_mask.shape[0]
+        if attention_mask.shape[1] == 1:
+            attention_mask = attention_mask.unsqueeze(2).expand(rows, 1, group, length, seen)
+        attention_mask = attention_mask.reshape(rows, -1, group * length, seen)
+    output = nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, kv_heads, group * length, head_dim),
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=kwargs.get("dropout", 0.0),
+        scale=kwargs.get("scaling"),
+    )
+    return output.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+# Transformers' attention functions that have a faster counterpart here.
+OWN_ATTENTION: dict[Any, Any] = {transformers_sdpa: sdpa_attention_forward}
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+CHUNK_SIZE = 256 * 49_152  # logits at a time: 48 MiB in float32
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """The sum of next-token cross-entropies of hidden states, whose logits are computed a few rows at a time.
+
+    The gradients of the head and of the hidden states are computed with the logits, while these are there: nothing of
+    the size (rows, vocab_size) is kept. Cf. Wijmans et al. 2024 (Cut Your Losses) and Hsu et al. 2024 (Liger Kernel);
+    unlike torch's `linear_cross_entropy`, the logits are computed once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        logits_scaling: float,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (rows, hidden_size), in the dtype of the product.
+            weight, bias: (vocab_size, hidden_size) and (vocab_size,), likewise.
+            labels: (rows,), each in 0 … vocab_size - 1.
+            logits_scaling: What logits are divided by.
+        """
+        rows = max(1, CHUNK_SIZE // weight.shape[0])
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_states) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
+        loss = hidden_states.new_zeros((), dtype=torch.float32)
+        log_probabilities = hidden_states.new_empty(min(rows, len(labels)), weight.shape[0], dtype=torch.float32)
+
+        for start in range(0, len(labels), rows):
+            hidden, targets = hidden_states[start : start + rows], labels[start : start + rows, None]
+            logits = nn.functional.linear(hidden, weight, bias).float()
+            if logits_scaling != 1.0:
+                logits = logits / logits_scaling
+            chunk = log_probabilities[: len(hidden)]
+            torch.log_softmax(logits, dim=-1, out=chunk)
+            loss -= chunk.gather(1, targets).sum()
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            # The gradient of a row's loss by its logits: probabilities, less 1 at the label.
+            grad = chunk.exp_().scatter_add_(1, targets, chunk.new_full((), -1.0).expand_as(targets))
+            if logits_scaling != 1.0:
+                grad = grad / logits_scaling
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(grad.t(), hidden)
+            elif grad_weight is not None:
+                grad_weight += grad.t() @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In place, to hold no second gradient of the head. A second backward is then refused by autograd.
+        grads = [None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors]
+        return grads[0], *(None if grad is None else grad.to(ctx.dtype) for grad in grads[1:]), None, None
+
+
+def head_cross_entropy(
+    head: nn.Linear,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    logits_scaling: float = 1.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Transformers' causal language modeling loss of `head(hidden_states)`, without holding all logits.
+
+    Args:
+        hidden_states: (B, T, hidden_size).
+        labels: (B, T), not shifted; `ignore_index` is not scored.
+        num_items_in_batch: What the sum is divided by. Default: the number of labels scored.
+        shift_labels: (B, T), shifted already; instead of `labels`.
+        kwargs: Those of the model that came along; ignored, as in transformers' loss.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(hidden_states.device)
+    scored = shift_labels != ignore_index
+    weight: torch.Tensor = head.weight
+    bias: torch.Tensor | None = head.bias
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = hidden_states[scored].to(weight.dtype)
+    with torch.autocast(device_type, enabled=False):
+        loss = HeadCrossEntropy.apply(rows, weight, bias, shift_labels[scored], logits_scaling)
+    count = scored.sum() if num_items_in_batch is None else num_items_in_batch
+    return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)

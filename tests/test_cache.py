@@ -1,0 +1,171 @@
+"""The cache that grows in place holds what transformers' own does, whatever is done to it, within its memory bound."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from groupformer import GroupFormerForCausalLM
+from groupformer.cache_groupformer import GrowingLayer, GrowingSlidingWindowLayer, grow_in_place
+
+from .helpers import random_ids, randomize, tiny_config
+
+
+LAYERS = {
+    "full": (GrowingLayer, DynamicLayer),
+    "window": (
+        lambda: GrowingSlidingWindowLayer(sliding_window=6),
+        lambda: DynamicSlidingWindowLayer(sliding_window=6),
+    ),
+}
+
+
+def tokens(count, seed, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, 3, count, 4, generator=generator) for _ in range(2))
+
+
+def crop(layer):
+    layer.crop(-2)
+
+
+CHANGES = {
+    "nothing": lambda layer: None,
+    "reordered": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+    "repeated": lambda layer: layer.batch_repeat_interleave(2),
+    "selected": lambda layer: layer.batch_select_indices(torch.tensor([1])),
+    "offloaded and fetched": lambda layer: (layer.offload(), layer.prefetch()),
+    "set from outside": lambda layer: setattr(layer, "keys", layer.keys * 2),
+    "reset": lambda layer: layer.reset(),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("counts", [(5, 1, 1, 1), (1,) * 20, (20, 1, 3, 1), (2, 9, 1, 1, 1, 1)])
+def test_a_layer_returns_and_keeps_what_transformers_layer_does(kind, change, counts):
+    ours, theirs = (make() for make in LAYERS[kind])
+    for step, count in enumerate(counts):
+        for layer in (ours, theirs):
+            if step == len(counts) // 2:
+                CHANGES[change](layer)
+        batch = 2 if ours.keys is None or not ours.get_seq_length() else ours.keys.shape[0]
+        seen = ours.update(*tokens(count, step, batch))
+        expected = theirs.update(*tokens(count, step, batch))
+        for found, wanted in zip((*seen, ours.keys, ours.values), (*expected, theirs.keys, theirs.values)):
+            assert torch.equal(found, wanted)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+
+
+@pytest.mark.parametrize("count", [0, -1, -3])
+def test_a_cropped_layer_goes_on_in_place_from_where_it_was_cropped(count):
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for layer in (ours, theirs):
+        layer.update(*tokens(16, 0))
+        layer.crop(count)
+    memory = ours.room.key_memory
+    keys, values = ours.update(*tokens(2, 1))
+    assert torch.equal(keys, theirs.update(*tokens(2, 1))[0])
+    assert ours.room.key_memory is memory
+
+
+def test_a_window_that_records_its_past_can_be_cropped():
+    ours, theirs = (make() for make in LAYERS["window"])
+    for layer in (ours, theirs):
+        layer.update(*tokens(9, 0))
+        layer.activate_past_recording()
+        layer.update(*tokens(4, 1))
+        layer.crop(-3)
+        layer.update(*tokens(1, 2))
+    assert torch.equal(ours.keys, theirs.keys)
+
+
+@pytest.mark.parametrize("length", [100, 1_000, 10_000])
+def test_memory_stays_within_a_quarter_more_than_the_tokens_need(length):
+    layer = GrowingLayer()
+    layer.update(*tokens(length // 2, 0))
+    for step in range(length - length // 2):
+        layer.update(*tokens(1, step))
+    assert layer.keys.shape[2] == length
+    assert layer.keys.untyped_storage().nbytes() <= 1.25 * layer.keys.nbytes
+
+
+def test_a_windows_memory_does_not_keep_the_prompt():
+    layer = GrowingSlidingWindowLayer(sliding_window=65)
+    layer.update(*tokens(1000, 0))
+    assert layer.keys.untyped_storage().nbytes() <= 1.25 * layer.keys.nbytes
+    assert layer.keys.shape[2] == 64
+
+
+def test_decoding_copies_few_tokens_however_long_the_cache_is():
+    layer, moved = GrowingLayer(), 0
+    layer.update(*tokens(1000, 0))
+    for step in range(1000):
+        before = layer.room.key_memory
+        layer.update(*tokens(1, step))
+        moved += layer.keys.shape[2] if layer.room.key_memory is not before else 1
+    assert moved < 6 * 1000  # each written once and moved about four times; joining tensors would move 1,500,000
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomize(GroupFormerForCausalLM(tiny_config(num_key_value_heads=2)))
+
+
+def test_generate_and_forward_make_a_growing_cache_by_themselves(model):
+    generated = model.generate(random_ids(1, 5), max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    forwarded = model(random_ids(1, 5)).past_key_values
+    for cache in (generated, forwarded):
+        assert type(cache) is DynamicCache
+        assert [type(layer) for layer in cache.layers] == [GrowingLayer] * 2
+
+
+def test_windows_get_growing_windows():
+    config = tiny_config(sliding_window=4, layer_types=["full_attention", "sliding_attention"])
+    cache = grow_in_place(DynamicCache(config=config))
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer, GrowingSlidingWindowLayer]
+    assert cache.layers[1].sliding_window == 4
+
+
+def test_another_cache_that_is_passed_stays_as_it_is(model):
+    given = DynamicCache(config=model.config)
+    model.generate(random_ids(1, 5), max_new_tokens=3, past_key_values=given)
+    assert [type(layer) for layer in given.layers] == [DynamicLayer] * 2
+    assert given.get_seq_length() == 7
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on_by_itself(model):
+    prompt, following = random_ids(1, 8), random_ids(1, 3, seed=1)
+    cache = model(prompt).past_key_values
+    first = model(following, past_key_values=copy.deepcopy(cache)).logits
+    again = model(following, past_key_values=copy.deepcopy(cache)).logits
+    assert torch.equal(first, again)
+    assert cache.get_seq_length() == 8
+
+
+def test_gradients_flow_through_cached_tokens(model):
+    ids = random_ids(1, 6)
+    cache = model(ids[:, :4]).past_key_values
+    loss = model(ids[:, 4:], past_key_values=cache).logits.square().sum()
+    gradient = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+    whole = model(ids).logits[:, 4:].square().sum()
+    expected = torch.autograd.grad(whole, model.model.embed_tokens.weight)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside(model):
+    with torch.inference_mode():
+        cache = model(random_ids(1, 8)).past_key_values
+    with torch.no_grad():
+        model(random_ids(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_another_batch_than_the_caches_is_an_error(model):
+    cache = model(random_ids(1, 4)).past_key_values
+    with pytest.raises(RuntimeError, match="must match"):
+        model(random_ids(2, 1), past_key_values=cache)

@@ -1,0 +1,237 @@
+"""The faster operations give the plain ones' numbers, and step aside where something unusual is at work."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.integrations import sdpa_attention
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from groupformer import GroupFormerForCausalLM, ops_groupformer
+from groupformer.ops_groupformer import HeadCrossEntropy, project, sdpa_attention_forward
+
+from .helpers import random_ids, randomize, tiny_config
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five rows at a time, so that a few rows are several chunks."""
+    monkeypatch.setattr(ops_groupformer, "CHUNK_SIZE", 5 * 99)
+
+
+def training_model(**overrides):
+    return randomize(GroupFormerForCausalLM(tiny_config(**overrides))).train()
+
+
+def labelled(ignored=True):
+    ids = random_ids(3, 11)
+    labels = ids.clone()
+    if ignored:
+        labels[0, :6] = -100
+        labels[2] = -100
+    return ids, labels
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+SETTINGS = {
+    "untied": dict(tie_word_embeddings=False),
+    "tied": dict(tie_word_embeddings=True),
+    "bias": dict(tie_word_embeddings=False, lm_head_bias=True),
+    "scaled logits": dict(logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(17)}, {"ignore_index": 7}],
+    ids=["mean", "count", "count in a tensor", "other ignored id"],
+)
+def test_the_loss_without_logits_is_the_plain_loss(small_chunks, setting, options):
+    model = training_model(**SETTINGS[setting])
+    ids, labels = labelled()
+    if "ignore_index" in options:
+        labels = labels.masked_fill(labels == -100, 7)
+    lean, lean_grads = gradients(model, input_ids=ids, labels=labels, **options)
+    plain, plain_grads = gradients(model, input_ids=ids, labels=labels, skip_logits=False, **options)
+    assert lean.logits is None and plain.logits.shape == (3, 11, 99)
+    torch.testing.assert_close(lean.loss, plain.loss, rtol=1e-6, atol=0)
+    assert lean_grads.keys() == plain_grads.keys()
+    for name, gradient in plain_grads.items():
+        torch.testing.assert_close(lean_grads[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_shifted_labels_can_be_given(small_chunks):
+    model = training_model()
+    ids, labels = labelled()
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    given = model(ids, labels=labels, shift_labels=shifted).loss
+    torch.testing.assert_close(given, model(ids, labels=labels).loss)
+
+
+def test_the_loss_is_that_of_an_independent_float64_model(small_chunks):
+    hidden, weight = torch.randn(12, 8, dtype=torch.float64), torch.randn(99, 8, dtype=torch.float64)
+    labels = torch.randint(0, 99, (12,))
+    loss = HeadCrossEntropy.apply(hidden.float(), weight.float(), None, labels, 1.0)
+    logits = hidden @ weight.t()
+    expected = sum(logits[row].exp().sum().log() - logits[row, label] for row, label in enumerate(labels))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_bfloat16_and_autocast_give_the_plain_loss_nearly(small_chunks):
+    ids, labels = labelled()
+    for cast in (True, False):
+        model = training_model()
+        model = model if cast else model.to(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            lean, lean_grads = gradients(model, input_ids=ids, labels=labels)
+            plain, plain_grads = gradients(model, input_ids=ids, labels=labels, skip_logits=False)
+        torch.testing.assert_close(lean.loss, plain.loss, rtol=1e-3, atol=1e-3)
+        for name, gradient in plain_grads.items():
+            distance = (lean_grads[name].float() - gradient.float()).norm() / gradient.float().norm()
+            assert distance < 0.03, name
+
+
+def test_a_frozen_head_gets_no_gradient(small_chunks):
+    model = training_model(tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    ids, labels = labelled()
+    grads = gradients(model, input_ids=ids, labels=labels)[1]
+    assert "lm_head.weight" not in grads and "model.layers.0.mlp.up_proj.weight" in grads
+
+
+def test_a_second_backward_is_refused_rather_than_wrong(small_chunks):
+    model = training_model()
+    ids, labels = labelled()
+    loss = model(ids, labels=labels).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_evaluation_returns_logits_unless_they_are_declined():
+    model = training_model().eval()
+    ids, labels = labelled()
+    kept, declined = model(ids, labels=labels), model(ids, labels=labels, skip_logits=True)
+    assert kept.logits is not None and declined.logits is None
+    torch.testing.assert_close(kept.loss, declined.loss)
+
+
+def test_a_loss_of_the_users_own_gets_its_logits():
+    model = training_model()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: ForCausalLMLoss(logits, labels, vocab_size) * 2
+    ids, labels = labelled()
+    output = model(ids, labels=labels)
+    assert output.logits is not None
+    model.loss_function = ForCausalLMLoss
+    torch.testing.assert_close(output.loss, 2 * model(ids, labels=labels).loss)
+
+
+def test_an_adapted_head_keeps_its_adapter_in_the_loss():
+    model = get_peft_model(training_model(tie_word_embeddings=False), LoraConfig(target_modules=["lm_head"]))
+    nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight)
+    ids, labels = labelled()
+    output = model(input_ids=ids, labels=labels)
+    assert output.logits is not None
+    torch.testing.assert_close(output.loss, ForCausalLMLoss(output.logits, labels, 99))
+
+
+def test_a_batch_without_labels_that_count_gives_what_the_plain_loss_gives():
+    model = training_model()
+    ids = random_ids(1, 4)
+    labels = torch.full_like(ids, -100)
+    assert torch.isnan(model(ids, labels=labels).loss) and torch.isnan(
+        model(ids, labels=labels, skip_logits=False).loss
+    )
+    assert model(ids, labels=labels, num_items_in_batch=3).loss == 0
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (0, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_gives_the_product(onednn, shape, bias):
+    linear, hidden = nn.Linear(64, 48, bias=bias), torch.randn(*shape, 64)
+    with torch.no_grad():
+        exact = hidden.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
+        torch.testing.assert_close(project(linear, hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_adapters_and_gradients_go_the_plain_way(onednn):
+    linear, hidden, seen = nn.Linear(8, 8), torch.randn(2, 8), []
+    handle = linear.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        project(linear, hidden)
+    assert len(seen) == 1
+    handle.remove()
+    assert project(linear, hidden).grad_fn is not None
+    linear.forward = lambda x: x + 1
+    with torch.no_grad():
+        assert torch.equal(project(linear, hidden), hidden + 1)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    is_causal = True
+
+    def __init__(self, group):
+        super().__init__()
+        self.num_key_value_groups = group
+
+
+def masks(kind, length, seen):
+    visible = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)[None, None]
+    padded = visible.repeat(2, 1, 1, 1)
+    padded[1, :, :, :3] = False
+    biases = torch.randn(1, 6, length, seen).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return {"none": None, "causal": visible, "left-padded": padded, "biases by head": biases}[kind]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kind", ["none", "causal", "left-padded", "biases by head"])
+def test_few_new_tokens_attend_as_with_repeated_heads(kv_heads, length, kind):
+    if kind == "none" and length > 1:
+        length = 9  # a prompt: without a mask and with as many queries as keys
+    query, seen = torch.randn(2, 6, length, 8), 9
+    key, value = torch.randn(2, 2, kv_heads, seen, 8).unbind(0)
+    mask = masks(kind, length, seen)
+    ours, _ = sdpa_attention_forward(Heads(6 // kv_heads), query, key, value, mask, scaling=0.3)
+    repeated = (states.repeat_interleave(6 // kv_heads, dim=1).double() for states in (key, value))
+    keys, values = repeated
+    scores = query.double() @ keys.transpose(2, 3) * 0.3
+    if mask is None:
+        mask = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_repeats_no_heads(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("keys or values were repeated")
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", refuse)
+    model = randomize(GroupFormerForCausalLM(tiny_config(num_key_value_heads=2)))
+    cache = model(random_ids(2, 7)).past_key_values
+    for length in (1, 3):
+        mask = torch.ones(2, cache.get_seq_length() + length, dtype=torch.long)
+        mask[1, :2] = 0
+        model(random_ids(2, length), past_key_values=cache, attention_mask=mask)
