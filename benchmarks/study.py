@@ -31,8 +31,7 @@ from groupformer.tables import print_table
 from groupformer.training.data import read_column
 
 
-SEEDS = (0, 1, 2)
-PERCENTS = (1, 2, 5, 10)
+PERCENTS = (1.0, 2.0, 5.0, 10.0)
 LOSSES = {"distilled": {"kl_weight": 1.0, "ce_weight": 0.1}, "text only": {"kl_weight": 0.0, "ce_weight": 1.0}}
 DECODING = {"batch": 8, "prompt": 256, "new": 64}
 
@@ -93,7 +92,7 @@ def original(study: Study) -> None:
     study.cell(lambda: study.evaluate(model), part="original", kv_heads=heads)
 
 
-def merges(heads: list[int]) -> Iterator[dict[str, Any]]:
+def merges(heads: list[int], seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Every merge: counts, methods, groupings, with and without calibration, and seeds where randomness enters."""
     for kv_heads in heads:
         for method in METHODS:
@@ -101,7 +100,7 @@ def merges(heads: list[int]) -> Iterator[dict[str, Any]]:
                 # The paper's methods look at no inputs; adjacent groups leave them nothing to calibrate.
                 knows_inputs = method in ("aligned", "svd") or grouping == "similar"
                 for calibrated in (False, True) if knows_inputs else (False,):
-                    for seed in SEEDS if method == "random" else (0,):
+                    for seed in seeds if method == "random" else (0,):
                         yield {
                             "kv_heads": kv_heads,
                             "method": method,
@@ -125,7 +124,7 @@ def regrouped(study: Study, calibration: torch.Tensor, merge: dict[str, Any]) ->
 def merge_part(study: Study) -> None:
     """Bits per byte right after each merge."""
     calibration = study.calibration()
-    for merge in merges(study.options.kv_heads):
+    for merge in merges(study.options.kv_heads, study.options.seeds):
         study.cell(lambda merge=merge: study.evaluate(regrouped(study, calibration, merge)), part="merge", **merge)
 
 
@@ -136,11 +135,12 @@ def uptrain_part(study: Study) -> None:
         {"method": "svd", "grouping": "similar", "calibrated": True},
         {"method": "mean", "grouping": "adjacent", "calibrated": False},
     ]
+    chosen = [choice for choice in chosen if choice["method"] in study.options.methods]
     for kv_heads in study.options.kv_heads:
         for choice in chosen:
             for percent in study.options.percents:
-                for loss in LOSSES:
-                    for seed in SEEDS:
+                for loss in study.options.losses:
+                    for seed in study.options.seeds:
                         merge = {"kv_heads": kv_heads, **choice, "seed": seed}
                         study.cell(
                             lambda merge=merge, percent=percent, loss=loss: uptrained(
@@ -160,13 +160,18 @@ def uptrained(
     shutil.rmtree(work, ignore_errors=True)
     regrouped(study, calibration, merge).save_pretrained(work / "merged")
     study.tokenizer.save_pretrained(work / "merged")
+    # The curve needs few pages; what is reported is measured on the test documents, below.
+    pages = work / "validation.txt"
+    pages.write_text("\n".join(text[:4000] for text in read_column([study.validation_files])[:20]), encoding="utf-8")
     recipe = UptrainRecipe(
         model=str(work / "merged"),
         teacher=str(study.source),
         train_files=[study.train_files],
-        validation_files=[study.validation_files],
+        validation_files=[str(pages)],
+        evaluations=4,
         tokens=int(pretraining_tokens(study) * percent / 100),
         seed=merge["seed"],
+        bf16=study.options.bf16 or None,
         **LOSSES[loss],
     )
     outcome = uptrain(recipe, work / "uptrained")
@@ -193,7 +198,7 @@ def scratch_part(study: Study) -> None:
     if study.options.recipe is None:
         raise ValueError("--recipe (None) is needed for the scratch part: the YAML that trained the checkpoint")
     for kv_heads in study.options.kv_heads:
-        for seed in SEEDS:
+        for seed in study.options.seeds:
 
             def compute(kv_heads: int = kv_heads, seed: int = seed) -> dict[str, Any]:
                 fields = PretrainRecipe.from_file(study.options.recipe).model
@@ -326,6 +331,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kv-heads", nargs="+", type=int, default=[4, 2, 1])
     parser.add_argument("--percents", nargs="+", type=float, default=list(PERCENTS))
+    parser.add_argument("--methods", nargs="+", choices=["svd", "mean"], default=["svd", "mean"], help="To uptrain.")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="To uptrain with.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Where randomness enters.")
+    parser.add_argument("--bf16", action="store_true", help="Uptrain in bfloat16 on a CPU that multiplies it fast.")
     parser.add_argument("--documents", type=int, default=None, help="Test documents. Default: all.")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--calibration-every", type=int, default=97, help="Take every so many-th training document.")
