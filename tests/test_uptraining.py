@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.cli import app
-from groupformer.regrouping.uptraining import UptrainRecipe, distillation_loss, uptrain
+from groupformer.regrouping import uptraining
+from groupformer.regrouping.uptraining import DistillationLoss, UptrainRecipe, uptrain
 
 from .helpers import randomize, tiny_config
 
@@ -45,17 +46,22 @@ def recipe(folders, **overrides) -> UptrainRecipe:
 
 
 @pytest.mark.parametrize("kl_weight, ce_weight, temperature", [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.7, 0.3, 2.0)])
-def test_loss_equals_its_definition(kl_weight, ce_weight, temperature):
-    logits, taught = torch.randn(2, 2, 3, 7, dtype=torch.float64).unbind(0)
-    labels = torch.tensor([[1, -100, 6], [0, 2, -100]])
+def test_loss_and_gradient_equal_their_definition(monkeypatch, kl_weight, ce_weight, temperature):
+    monkeypatch.setattr(uptraining, "CHUNK_SIZE", 2 * 7)  # two rows at a time
+    logits, taught = torch.randn(2, 6, 7, dtype=torch.float64).unbind(0)
+    logits.requires_grad_()
+    labels = torch.tensor([1, -100, 6, 0, 2, -100])
     given = UptrainRecipe("model", "teacher", kl_weight=kl_weight, ce_weight=ce_weight, temperature=temperature)
-    expected = 0.0
-    for row, place in ((0, 0), (0, 2), (1, 0), (1, 1)):
-        p = torch.softmax(taught[row, place] / temperature, -1)
-        q = torch.softmax(logits[row, place] / temperature, -1)
-        expected += kl_weight * temperature**2 * float((p * (p / q).log()).sum())
-        expected -= ce_weight * float(torch.softmax(logits[row, place], -1)[labels[row, place]].log())
-    assert float(distillation_loss(logits, taught, labels, given)) == pytest.approx(expected, rel=1e-5)
+    expected = torch.zeros(())
+    for row in (0, 2, 3, 4):
+        p = torch.softmax(taught[row] / temperature, -1)
+        q = torch.softmax(logits[row] / temperature, -1)
+        expected = expected + kl_weight * temperature**2 * (p * (p / q).log()).sum()
+        expected = expected - ce_weight * torch.softmax(logits[row], -1)[labels[row]].log()
+    loss = DistillationLoss.apply(logits, taught, labels, given)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(it, logits)[0] for it in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])

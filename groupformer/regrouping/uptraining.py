@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from ..training.data import expand, load_files, tokenize_and_pack
@@ -24,6 +23,7 @@ from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output
 
 
 IGNORED = -100
+CHUNK_SIZE = 2**22  # logits at a time: 16 MiB in float32, which the next chunk gets again without a page fault
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed
 
 
@@ -119,34 +119,63 @@ class DistillationTrainer(PackedTrainer):
         taught = None
         if self.teacher is not None:
             with torch.no_grad():
-                taught = self.teacher(**inputs, use_cache=False).logits[:, :-1]
+                taught = self.teacher(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = distillation_loss(outputs.logits[:, :-1], taught, labels, self.recipe) / count
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = DistillationLoss.apply(logits, taught, labels.flatten(), self.recipe) / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # each process counted the tokens of all
         return (loss, outputs) if return_outputs else loss
 
 
-def distillation_loss(
-    logits: torch.Tensor, taught: torch.Tensor | None, labels: torch.Tensor, recipe: UptrainRecipe
-) -> torch.Tensor:
+class DistillationLoss(torch.autograd.Function):
     """The sum over scored tokens of `kl_weight * T² * KL(teacher ‖ student) + ce_weight * cross-entropy`.
 
-    Args:
-        logits, taught: The student's and the teacher's, (batch, seq, vocab), each for the label at its place.
-        labels: (batch, seq); -100 is not scored.
+    Loss and gradient are computed together, a few rows at a time: of the size of the logits there are only these, the
+    teacher's and the gradient. By a student's logit the KL at temperature T has the gradient (p - q) / T, with p the
+    student's and q the teacher's probabilities; the cross-entropy has p (at T = 1), less 1 at the label.
     """
-    scored = labels != IGNORED
-    logits = logits[scored].float()
-    loss = logits.new_zeros(())
-    if recipe.ce_weight > 0:
-        loss = loss + recipe.ce_weight * functional.cross_entropy(logits, labels[scored], reduction="sum")
-    if taught is not None and recipe.kl_weight > 0:
-        student = functional.log_softmax(logits / recipe.temperature, dim=-1)
-        teacher = functional.log_softmax(taught[scored].float() / recipe.temperature, dim=-1)
-        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        loss = loss + recipe.kl_weight * recipe.temperature**2 * divergence
-    return loss
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, taught: torch.Tensor | None, labels: torch.Tensor, recipe: UptrainRecipe
+    ) -> torch.Tensor:
+        """
+        Args:
+            logits, taught: The student's and the teacher's, (tokens, vocab), each for the label at its place.
+            labels: (tokens,); -100 is not scored.
+        """
+        rows = max(1, CHUNK_SIZE // logits.shape[-1])
+        total, gradient = logits.new_zeros((), dtype=torch.float32), torch.zeros_like(logits)
+        kl_weight = 0.0 if taught is None else recipe.kl_weight
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            scored = (labels[part] != IGNORED).float()
+            student = logits[part].float()
+            grad = torch.zeros_like(student)
+            loss = torch.zeros_like(scored)
+            if taught is not None and kl_weight > 0:
+                learned = torch.log_softmax(student / recipe.temperature, dim=-1)
+                known = torch.log_softmax(taught[part].float() / recipe.temperature, dim=-1)
+                probabilities = known.exp()
+                divergence = known.sub_(learned).mul_(probabilities).sum(-1)
+                loss += kl_weight * recipe.temperature**2 * divergence
+                grad += learned.exp_().sub_(probabilities).mul_(kl_weight * recipe.temperature)
+            if recipe.ce_weight > 0:
+                targets = labels[part, None].clamp(min=0)
+                learned = torch.log_softmax(student, dim=-1)
+                loss -= recipe.ce_weight * learned.gather(1, targets).squeeze(1)
+                grad += learned.exp_().mul_(recipe.ce_weight)
+                grad.scatter_add_(1, targets, targets.new_full(targets.shape, -recipe.ce_weight, dtype=grad.dtype))
+            total += (loss * scored).sum()
+            gradient[part] = grad.mul_(scored[:, None])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0].mul_(grad_output), None, None, None
 
 
 def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
