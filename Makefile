@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow lint format types check clean
+.PHONY: help env demo test test-slow bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,15 @@ test: $(READY)  ## Run the fast tests
 
 test-slow: $(READY)  ## Run the slow tests
 	$(PYTEST) -n $(WORKERS) -m "slow and not vllm"
+
+bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
+
+# The textbooks' folder, with train-, validation- and test-*.parquet; hours on a CPU, and it goes on where it stopped.
+DATA ?= ../shared/data/textbooks
+study: $(READY)  ## Measure what fewer KV heads cost, before and after uptraining
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --checkpoint hub_card --data $(DATA) --pretraining-tokens 5324800 \
+		--recipe recipes/reference.yaml --documents 10 --bf16 --output runs/study --plot docs/regroup.png
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Speed of GroupFormer beside its peers: see `python -m benchmarks.speed --help`."""

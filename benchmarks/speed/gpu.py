@@ -1,0 +1,167 @@
+"""The same on a GPU, in one call: builds the models, checks that they agree, and times them.
+
+    python -m benchmarks.speed.gpu                            # 125M and 1B, bfloat16, MHA, GQA and MQA; ~9 minutes
+    python -m benchmarks.speed.gpu --shapes 1b --output DIR
+    python -m benchmarks.speed.gpu --device cpu --tiny        # shows on any machine that it works
+
+For each shape and head count: prefill of 2,048 tokens, decoding at 1,024 eager through `generate` and compiled with a
+static cache, a training step eager and compiled, each for every attention backend that is installed; beside
+transformers' Llama with the same weights. Model FLOPs utilisation (MFU) is the share of --peak-tflops, and decoding's
+share that of --peak-bandwidth (bytes a second); without them, of what the GPU reaches in the script's own measurement.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import torch_runs
+from .__main__ import add_shares, ceilings, lines, machine, markdown
+from .cases import LLAMA, OURS, same_tokens
+from .measure import alternate, summary
+from .shapes import SHAPES, Shape, llama, ours
+
+
+VOCABULARY = 32768
+
+
+def backends() -> list[str]:
+    """sdpa, and flash attention where it is installed and there is a GPU for it."""
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return ["sdpa", "flash_attention_2"] if flash else ["sdpa"]
+
+
+def head_counts(shape_name: str) -> dict[str, int]:
+    """MHA, GQA (four query heads to one) and MQA of a shape."""
+    heads = SHAPES[shape_name]["num_attention_heads"]
+    return {"MHA": heads, "GQA": heads // 4, "MQA": 1}
+
+
+def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[dict[str, Any]]:
+    """Prefill and decoding, eager and compiled."""
+    length, context, tokens = (64, 32, 4) if options.tiny else (2048, 1024, 64)
+    native = llama(shape, options.device)
+    models = {LLAMA: native, OURS: ours(native)}
+    same_tokens(models)
+    for backend in backends():
+        for model in models.values():
+            model.set_attn_implementation(backend)
+        kinds = {
+            f"prefill {length}": {name: torch_runs.prefill(model, length) for name, model in models.items()},
+            f"decode at {context}, eager": {
+                name: torch_runs.decode(model, context, tokens) for name, model in models.items()
+            },
+        }
+        if backend == "sdpa":
+            kinds[f"decode at {context}, compiled, static cache"] = {
+                name: torch_runs.decode_static(model, context, tokens, compiled=True) for name, model in models.items()
+            }
+        for kind, runs in kinds.items():
+            bound = (
+                {"flops": shape.prefill_flops(length), "dtype": shape.dtype}
+                if kind.startswith("prefill")
+                else {"bytes": shape.decode_bytes(context)}
+            )
+            seconds = alternate(runs, options.rounds)
+            yield {"case": f"{label}, {backend}, {kind}", "base": LLAMA, **bound, "runs": summary(seconds, LLAMA)}
+
+
+def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[dict[str, Any]]:
+    """A training step, one model at a time, for the memory's sake: eager both, compiled ours."""
+    batch, length = (2, 32) if options.tiny else (options.training_batch, 2048)
+    for backend in backends():
+        seconds, peaks = {}, {}
+        for name, compiled in ((LLAMA, False), (OURS, False), (f"{OURS}, compiled", True)):
+            model = llama(shape, options.device)
+            model = model if name == LLAMA else ours(model)
+            model.set_attn_implementation(backend)
+            step = torch_runs.training_step(model, batch, length, compiled)
+            seconds |= alternate({name: step}, options.rounds)
+            if options.device == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            del model, step
+            gc.collect()
+            torch.cuda.empty_cache()
+        row = {
+            "case": f"{label}, {backend}, training step {batch}x{length}",
+            "base": LLAMA,
+            "flops": shape.training_flops(batch, length),
+            "dtype": shape.dtype,
+            "runs": summary(seconds, LLAMA),
+        }
+        for name, peak in peaks.items():
+            row["runs"][name] |= {"peak_mib": peak / 2**20, "memory_ratio": peak / peaks[LLAMA]}
+        yield row
+
+
+def limits_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The ceilings: the vendor's where given, measured otherwise."""
+    limits = ceilings(options.device, options.tiny)
+    if options.peak_tflops:
+        limits["flops"]["bfloat16"] = options.peak_tflops * 1e12
+    if options.peak_bandwidth:
+        limits["read_bandwidth"] = options.peak_bandwidth
+    return limits
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--shapes", nargs="+", default=["125m", "1b"], choices=SHAPES)
+    parser.add_argument("--heads", nargs="+", default=["GQA", "MHA", "MQA"], choices=["MHA", "GQA", "MQA"])
+    parser.add_argument("--parts", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--training-batch", type=int, default=8)
+    parser.add_argument("--peak-tflops", type=float, help="e.g. 989 for an H100 SXM in bfloat16")
+    parser.add_argument("--peak-bandwidth", type=float, help="e.g. 3.35e12 for an H100 SXM")
+    parser.add_argument("--minutes", type=float, default=9, help="No new case is begun after so long.")
+    parser.add_argument("--output", type=Path, default=Path("runs/speed-gpu"))
+    parser.add_argument("--tiny", action="store_true", help="Sizes that only show that it works.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "error: --device cuda: torch finds no GPU here; --device cpu --tiny shows that the script works"
+        )
+    transformers.logging.set_verbosity_error()
+    if options.tiny:
+        options.shapes, options.rounds = ["tiny"], 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    limits = limits_of(options)
+    report: dict[str, Any] = {
+        "machine": machine(options.device, torch.get_num_threads()),
+        "ceilings": limits,
+        "rows": [],
+    }
+    started = time.monotonic()
+    for shape_name in options.shapes:
+        for kind in options.heads:
+            shape = Shape(shape_name, head_counts(shape_name)[kind], 512 if options.tiny else VOCABULARY, "bfloat16")
+            for part in options.parts:
+                if time.monotonic() - started > options.minutes * 60:
+                    print(f"left out, no time: {shape_name} {kind} {part}", flush=True)
+                    continue
+                for row in {"inference": inference, "training": training}[part](
+                    shape, options, f"{shape_name} {kind}"
+                ):
+                    report["rows"].append(add_shares(row, limits))
+                    (options.output / "speed-gpu.json").write_text(json.dumps(report, indent=1))
+                    print(*(" | ".join(line) for line in lines([row])), sep="\n", flush=True)
+                gc.collect()
+    (options.output / "speed-gpu.md").write_text(markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

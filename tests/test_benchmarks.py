@@ -1,0 +1,58 @@
+"""The benchmarks run, at sizes that only show that they do, and their arithmetic is right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.speed.measure import alternate, summary
+from benchmarks.speed.shapes import Shape, llama, ours
+
+
+def test_parameters_are_those_of_the_model():
+    shape = Shape("tiny", kv_heads=2, vocab_size=256)
+    norms = 64 * (2 * 2 + 1)
+    assert shape.parameters + norms == llama(shape, "cpu").num_parameters()
+
+
+def test_bytes_of_a_decoding_step_grow_by_the_cache():
+    shape = Shape("tiny", kv_heads=2, vocab_size=256)
+    cache = ours(llama(shape, "cpu"))(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.decode_bytes(10) - shape.decode_bytes(0) == held
+
+
+def test_ratios_are_taken_round_by_round():
+    table = summary({"base": [1.0, 2.0, 4.0], "ours": [0.5, 1.0, 8.0]}, "base")
+    assert table["ours"]["ratio"] == 2.0
+    assert table["ours"]["seconds"] == 1.0
+
+
+def test_runs_alternate_in_changing_order():
+    order = []
+
+    def run(name):
+        order.append(name)
+        return 1.0
+
+    alternate({"a": lambda: run("a"), "b": lambda: run("b")}, rounds=2)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "arguments", "result"),
+    [
+        ("benchmarks.speed", ["--tiny", "--parts", "prefill", "decode", "batch", "training"], "speed.json"),
+        ("benchmarks.speed.gpu", ["--tiny", "--device", "cpu", "--heads", "GQA"], "speed-gpu.json"),
+    ],
+)
+def test_the_scripts_run(tmp_path, module, arguments, result):
+    command = [sys.executable, "-m", module, *arguments, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / result).read_text())["rows"]
+    assert {"transformers' Llama", "GroupFormer"} <= set(rows[0]["runs"])
+    assert all(run["seconds"] > 0 and run["ceiling_share"] > 0 for row in rows for run in row["runs"].values())
