@@ -77,7 +77,7 @@ class Study:
             aside = path.with_suffix(".partial")
             aside.write_text(json.dumps(result, indent=2))
             aside.rename(path)
-        self.cells[name] = json.loads(path.read_text())
+        self.cells[name] = {**json.loads(path.read_text()), **setting}  # labels win: an evaluation has a "loss" too
         print(name, f"{self.cells[name].get('bits_per_byte', float('nan')):.4f}", flush=True)
         return self.cells[name]
 
