@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: $(READY)  ## Run the fast tests
 
 test-slow: $(READY)  ## Run the slow tests
 	$(PYTEST) -n $(WORKERS) -m "slow and not vllm"
+
+test-upstream: $(READY)  ## Run transformers' own common tests on GroupFormer, and on Llama beside it
+	$(BIN)/python scripts/upstream_tests.py --workers $(WORKERS)
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed

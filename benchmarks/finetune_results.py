@@ -118,6 +118,9 @@ def runs(reference: str | None) -> dict[str, tuple[str, dict]]:
                     epochs = TASKS[task]["epochs"] / 2
                     options = {"model": reference, "epochs": epochs, **options}
                     table[f"{task}, reference, {direction}, {tuning}"] = task, options
+    regular = {**FRESH, "hidden_dropout": 0.3, "embedding_dropout": 0.3}
+    options = {"config": regular, "bidirectional": True, "lora": False, "epochs": 12}
+    table["ewt, fresh, bidirectional, full, dropout 0.3, 12 epochs"] = "ewt", options
     return table
 
 

@@ -1,0 +1,71 @@
+"""`groupformer generate`: text from any causal language model, as it comes."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("generate")(generate_command)
+
+
+def generate_command(
+    source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A causal language model with its tokenizer.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: the best there is.")] = None,
+) -> None:
+    """Stream a continuation of a prompt.
+
+    Example: groupformer generate hub_card "The cell membrane is" --temperature 0.8 --max-new-tokens 50
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("prompt is empty; give some text to go on from")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype ({dtype}) is unknown; choose auto, float32, bfloat16 or float16")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers.utils import logging
+
+    import groupformer  # noqa: F401  registers the architecture
+
+    logging.disable_progress_bar()
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    if chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {source} has no chat template; leave --chat out")
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    model.to(device or best_device())
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(text, return_tensors="pt")
+    set_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.no_grad():
+        model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+def best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,93 @@
+"""`groupformer info`: which query heads share which KV head, and what a checkpoint is made of."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+SHARING = {True: "multi-head: nothing is shared", False: "grouped-query"}
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("info")(info_command)
+
+
+def info_command(
+    source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A checkpoint; only its config is read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a picture.")] = False,
+) -> None:
+    """Draw which query heads share which KV head, layer by layer, and count parameters and cache.
+
+    Example: groupformer info hub_card
+    """
+    from rich.console import Console
+
+    from .. import planning
+
+    config = planning.decoder_of(planning.load_config(source))
+    caches = planning.layer_caches(config)
+    facts = describe(config, caches, planning.parameter_counts(config)[0])
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = Console(highlight=False)
+    for name, value in facts.items():
+        if name != "layers":
+            shown = f"{value:,}" if type(value) is int else value
+            console.print(f"{name.replace('_', ' '):>23}  {shown}")
+    heads = config.num_attention_heads
+    for first, last, layer in runs(caches):
+        name = f"layer {first}" if first == last else f"layers {first} to {last}"
+        counts = f"{heads} query heads on {layer.kv_heads} KV heads"
+        window = f", window of {layer.window:,} tokens" if layer.window else ""
+        console.print(f"\n[bold]{name}[/bold]: {counts} ({sharing(heads, layer.kv_heads)}){window}")
+        for line in picture(heads, layer.kv_heads, console.width):
+            console.print(line)
+
+
+def sharing(heads: int, kv_heads: int) -> str:
+    if kv_heads == 1 and heads > 1:
+        return "multi-query: all share one"
+    return SHARING[heads == kv_heads]
+
+
+def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
+    """What is printed, as plain data."""
+    names = ["family", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+    names += ["max_position_embeddings", "position_embedding_type", "norm_type", "norm_position", "mlp_type"]
+    names += ["hidden_act", "is_causal"]
+    facts: dict[str, Any] = {"model_type": config.model_type}
+    facts |= {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    facts["head_dim"] = caches[0].head_dim
+    facts["parameters"] = parameters
+    facts["cache_bytes_per_token"] = 2 * sum(layer.numbers(1) for layer in caches)
+    facts["layers"] = [{"kv_heads": layer.kv_heads, "window": layer.window} for layer in caches]
+    return facts
+
+
+def runs(caches: list) -> list[tuple[int, int, Any]]:
+    """Neighbouring layers that are the same, folded: first, last, and what they keep."""
+    folded: list[tuple[int, int, Any]] = []
+    for index, layer in enumerate(caches):
+        if folded and folded[-1][2] == layer:
+            folded[-1] = (folded[-1][0], index, layer)
+        else:
+            folded.append((index, index, layer))
+    return folded
+
+
+def picture(heads: int, kv_heads: int, width: int) -> list[str]:
+    """Two lines, or several pairs of lines where one is too narrow: query heads in boxes, their KV head below."""
+    share = heads // kv_heads
+    boxes = [" ".join(str(head) for head in range(group * share, (group + 1) * share)) for group in range(kv_heads)]
+    lines, start = [], 0
+    while start < kv_heads:
+        stop, used = start, 14
+        while stop < kv_heads and (stop == start or used + len(boxes[stop]) + 3 < width):
+            used += len(boxes[stop]) + 3
+            stop += 1
+        lines.append("  query heads | " + " | ".join(boxes[start:stop]) + " |")
+        lines.append("      KV head | " + " | ".join(str(g).center(len(boxes[g])) for g in range(start, stop)) + " |")
+        start = stop
+    return lines

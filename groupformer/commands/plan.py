@@ -1,0 +1,73 @@
+"""`groupformer plan`: what a checkpoint's KV cache costs, at each number of KV heads."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("plan")(plan_command)
+
+
+def plan_command(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[PATH|HUB_ID]", help="A checkpoint; only its config is read.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json by itself, instead of a checkpoint.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of the GPU, in GB (1e9 bytes).")] = 24.0,
+    bandwidth: Annotated[float, typer.Option(help="Bandwidth of that memory, in GB/s.")] = 1000.0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, int8, int4.")] = "bfloat16",
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of the cache. Default: as the weights, at least 16 bits.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, PDF, SVG).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the KV cache of any transformers decoder costs, and would cost with other numbers of KV heads.
+
+    Reads the config only. The speed is a bound: the bytes that a step must read, over the bandwidth.
+
+    Example: groupformer plan meta-llama/Llama-2-7b-hf --context 8192 --batch 16 --gpu-memory 80 --bandwidth 3350
+    """
+    from .. import planning
+    from ..tables import print_table
+
+    for name, value in (("dtype", dtype), ("cache-dtype", cache_dtype)):
+        if value is not None and value not in planning.BYTES:
+            raise ValueError(f"{name} ({value}) is unknown; choose {', '.join(planning.BYTES)}")
+    weight_bytes = planning.BYTES[dtype]
+    hardware = planning.Hardware(
+        memory=gpu_memory * 1e9,
+        bandwidth=bandwidth * 1e9,
+        weight_bytes=weight_bytes,
+        cache_bytes=planning.BYTES[cache_dtype] if cache_dtype else max(2, weight_bytes),
+    )
+    model = planning.load_config(source, config)
+    plans = planning.plan(model, context, batch, hardware)
+    title = f"{source or config}: {batch} x {context:,} tokens, {gpu_memory:g} GB at {bandwidth:g} GB/s"
+    if plot is not None:
+        planning.draw(plans, title, plot)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(each) for each in plans], indent=2))
+        return
+    columns = ["KV heads", "bytes/token", "weights GB", "cache GB", "of now", "sequences", "tokens/s <="]
+    rows = [
+        [
+            f"{each.kv_heads}{' (now)' if each.is_present else ''}",
+            f"{each.bytes_per_token:,.0f}",
+            f"{each.weights / 1e9:,.2f}",
+            f"{each.cache / 1e9:,.3f}",
+            f"{each.share:.0%}",
+            f"{each.sequences:,}",
+            "" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
+        ]
+        for each in plans
+    ]
+    print_table(title, columns, rows)
+    if plans[0].tokens_per_second is None:
+        typer.echo("No bound on the speed: a mixture of experts reads only some of its weights.")

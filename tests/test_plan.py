@@ -1,0 +1,186 @@
+"""`plan`, `info` and `generate`: the arithmetic against what real models hold, and what is printed."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from typer.testing import CliRunner
+
+from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
+from groupformer import GroupFormerConfig
+from groupformer.cli import app
+from groupformer.planning import Hardware, decoder_of, layer_caches, parameter_counts, plan
+
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 50}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "vocab_size": 50}
+NATIVE = {
+    "llama": {**SMALL, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 64},
+    "gpt2": GPT2,
+    "gpt_bigcode": {**GPT2, "multi_query": True},
+    "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 6, "vocab_size": 50},
+    "gpt_neox": {**SMALL, "intermediate_size": 64},
+    "qwen3": {**SMALL, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 64},
+    "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": 8, "intermediate_size": 64},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "intermediate_size": 64},
+    "mixtral": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 2},
+    "groupformer": {**SMALL, "intermediate_size": 64, "per_layer_config": {1: {"num_key_value_heads": 1}}},
+}
+
+
+def config_for(name: str):
+    return AutoConfig.for_model(name, **NATIVE[name], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_cache_is_what_a_model_holds(name):
+    config = config_for(name)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = model(torch.ones(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys[:, :, :5].nbytes + layer.values[:, :, :5].nbytes for layer in cache.layers)
+    (present,) = (row for row in plan(config, 5, 1, Hardware(weight_bytes=4, cache_bytes=4)) if row.is_present)
+    assert present.cache == held
+    assert present.bytes_per_token * 5 == held
+    assert present.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "groupformer"])
+def test_other_counts_are_other_models(name):
+    config = config_for(name)
+    for row in plan(config, 5, 1, Hardware(weight_bytes=4)):
+        if row.is_present:
+            continue
+        fields = {**NATIVE[name], "num_key_value_heads": row.kv_heads, "per_layer_config": None}
+        fields = {key: value for key, value in fields.items() if value is not None}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields, bos_token_id=None))
+        assert row.weights == 4 * model.num_parameters()
+
+
+def test_windows_cap_what_is_kept():
+    config = LlamaConfig(**{**NATIVE["llama"]})
+    windowed = config_for("mistral")
+    assert [layer.numbers(100) for layer in layer_caches(decoder_of(windowed))] == [2 * 2 * 8 * 8] * 3
+    assert [layer.numbers(100) for layer in layer_caches(decoder_of(config))] == [2 * 2 * 10 * 100] * 3
+
+
+def test_speed_and_sequences_follow_from_the_bytes():
+    config = config_for("llama")
+    (row,) = (row for row in plan(config, 64, 3, Hardware(memory=1e6, bandwidth=1e6)) if row.is_present)
+    total, read = parameter_counts(decoder_of(config))
+    assert row.sequences == int((1e6 - 2 * total) // (row.cache / 3))
+    assert row.tokens_per_second == pytest.approx(3 * 1e6 / (2 * read + row.cache))
+    assert total - read == 50 * 48  # the untied input embeddings are read by rows
+
+
+def test_experts_get_no_bound_on_the_speed():
+    assert plan(config_for("mixtral"), 5, 1, Hardware())[0].tokens_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("t5", {}, "encoder-decoder"),
+        ("deepseek_v3", {"num_hidden_layers": 2}, "kv_lora_rank"),
+        ("mamba", {}, "state"),
+        ("qwen3_next", {"num_hidden_layers": 4}, "linear_attention"),
+    ],
+)
+def test_models_without_a_cache_of_heads_are_refused_by_name(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        plan(AutoConfig.for_model(name, **fields), 5, 1, Hardware())
+
+
+@pytest.mark.parametrize("field", ["context", "batch", "memory", "bandwidth"])
+def test_numbers_must_be_positive(field):
+    arguments = {"context": 5, "batch": 1}
+    hardware = Hardware(**({field: 0} if field not in arguments else {}))
+    arguments |= {field: 0} if field in arguments else {}
+    with pytest.raises(ValueError, match=rf"{field} \(0\)"):
+        plan(config_for("llama"), hardware=hardware, **arguments)
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+def test_plan_prints_json_and_draws(tmp_path):
+    config_for("llama").save_pretrained(tmp_path)
+    result = run("plan", tmp_path, "--context", 64, "--json", "--plot", tmp_path / "plan.png")
+    rows = json.loads(result.stdout)
+    assert [row["kv_heads"] for row in rows] == [6, 3, 2, 1]
+    assert [row["is_present"] for row in rows] == [False, False, True, False]
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_reads_a_config_by_itself(tmp_path):
+    config_for("gpt2").save_pretrained(tmp_path)
+    result = run("plan", "--config", tmp_path / "config.json")
+    assert result.exit_code == 0 and "6 (now)" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "x", "--config", "y"], ["plan", "--config", "missing.json"]])
+def test_plan_says_what_is_missing(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 1 and "config" in str(result.exception)
+
+
+def test_info_draws_who_shares_what(tmp_path):
+    config = GroupFormerConfig(
+        **SMALL,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        per_layer_config={2: {"num_key_value_heads": 1}},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config.save_pretrained(tmp_path)
+    lines = [" ".join(line.split()) for line in run("info", tmp_path).stdout.splitlines()]
+    assert "layers 0 to 1: 6 query heads on 2 KV heads (grouped-query)" in lines
+    assert "query heads | 0 1 2 | 3 4 5 |" in lines and "KV head | 0 | 1 |" in lines
+    assert "layer 2: 6 query heads on 1 KV heads (multi-query: all share one)" in lines
+
+
+def test_info_counts(tmp_path):
+    config_for("gpt2").save_pretrained(tmp_path)
+    facts = json.loads(run("info", tmp_path, "--json").stdout)
+    assert facts["parameters"] == AutoModelForCausalLM.from_config(config_for("gpt2")).num_parameters()
+    assert facts["cache_bytes_per_token"] == 2 * 2 * 3 * 48
+
+
+def test_generate_streams_what_generate_gives():
+    prompt = "The cell membrane is"
+    result = run("generate", "hub_card", prompt, "--max-new-tokens", 8)
+    tokenizer = AutoTokenizer.from_pretrained("hub_card")
+    model = AutoModelForCausalLM.from_pretrained("hub_card")
+    tokens = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert result.stdout.strip() == tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+
+
+def test_generate_reads_standard_input_and_chats():
+    piped = run("generate", "hub_card", "-", "--max-new-tokens", 2, input="A river")
+    assert piped.exit_code == 0 and "A river" in piped.stdout
+    assert run("generate", "hub_card", "Hello", "--chat", "--max-new-tokens", 2).exit_code == 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["", "--seed", 1], "prompt"), (["a", "--dtype", "int3"], "int3")])
+def test_generate_refuses_by_name(arguments, message):
+    result = run("generate", "hub_card", *arguments)
+    assert result.exit_code == 1 and message in str(result.exception)
+
+
+# docs/memory.md ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_plan_computes():
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Llama 2 7B", 6.738), ("Llama 3 8B", 8.030), ("Llama 3 70B", 70.554)])
+def test_sizes_are_the_published_ones(name, billions):
+    assert parameter_counts(decoder_of(config_of(CONFIGS[name])))[0] / 1e9 == pytest.approx(billions, abs=1e-3)
