@@ -135,12 +135,9 @@ class GroupFormerRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        cos, sin = (
-            angles.cos() * self.attention_scaling,
-            angles.sin() * self.attention_scaling,
-        )  # (B, T, rotary_dim / 2)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B, 1, T, rotary_dim)
+        return cos.to(x.dtype), sin.to(x.dtype)  # (B, T, rotary_dim)
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -396,6 +393,8 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _refuse_backend(self, name: str) -> None:
+        if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS and "/" not in name:
+            return  # nobody knows this name, as transformers then says
         if self.config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation ({name!r}) cannot add the biases of position_embedding_type='alibi'; "
@@ -509,7 +508,9 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if not isinstance(masks, dict):  # `generate` may have prepared them
             masks = create_attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.embed(inputs_embeds, position_ids)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
+        position_embeddings = None
+        if self.rotary_emb is not None:  # one for all heads
+            position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
         for mask_name, decoder_layer in zip(self.mask_names, self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(

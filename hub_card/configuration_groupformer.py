@@ -259,6 +259,9 @@ class GroupFormerConfig(PreTrainedConfig):
         }
         if not uses_rope:
             self.rope_parameters = None
+        if self.mlp_type == "plain":
+            plan = self.base_model_tp_plan
+            self.base_model_tp_plan = {name: how for name, how in plan.items() if not name.endswith("gate_proj")}
         if self.layer_types is None:
             self.layer_types = [
                 "full_attention" if layer.sliding_window is None else "sliding_attention"
@@ -335,6 +338,11 @@ class GroupFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim ({self.head_dim}) and rope_parameters['partial_rotary_factor'] ({partial}) give "
                 f"{rotary_dim} rotary dimensions, but RoPE turns pairs; choose an even number above 0"
+            )
+        if rope_type == "dynamic" and rotary_dim == 2:
+            raise ValueError(
+                "rope_parameters['rope_type'] ('dynamic') divides by the rotary dimensions less 2, and there are 2; "
+                "choose a larger head_dim or partial_rotary_factor, or another rope_type"
             )
         for name in ("short_factor", "long_factor"):
             if rope_type == "longrope" and len(parameters[name]) != rotary_dim // 2:

@@ -81,8 +81,13 @@ def run_distributed(world_size):
 ''',
 }
 
-# Skipped here though Llama passes: (shape, start of the test's name) -> why.
-ALLOWED: dict[tuple[str, str], str] = {}
+# Skipped here though Llama passes: (start of the shape's name, start of the test's name) -> why.
+ALLOWED: dict[tuple[str, str], str] = {
+    ("MhaLearned", "test_model_rope"): "learned positions: there is no RoPE to scale",
+    ("MqaAlibi", "test_model_rope"): "ALiBi: there is no RoPE to scale",
+    ("MhaLearnedBidirectional", "test_training_overfit"): "a bidirectional model does not generate",
+    ("GqaRopeBidirectional", "test_training_overfit"): "a bidirectional model does not generate",
+}
 
 
 def unpack(folder: Path) -> Path:
