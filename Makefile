@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-vllm bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ test-slow: $(READY)  ## Run the slow tests
 
 test-upstream: $(READY)  ## Run transformers' own common tests on GroupFormer, and on Llama beside it
 	$(BIN)/python scripts/upstream_tests.py --workers $(WORKERS)
+
+# vLLM needs other versions than we do, so it has an environment of its own; its torch is the pinned one.
+VLLM_VENV ?= .venv-vllm
+test-vllm: $(READY)  ## Run the tests in vLLM itself, in an environment of its own
+	test -x $(VLLM_VENV)/bin/vllm || $(BIN)/python scripts/make_vllm_environment.py $(VLLM_VENV)
+	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm.py
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
