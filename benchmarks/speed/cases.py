@@ -25,6 +25,9 @@ from .shapes import DTYPES, Shape, llama, ours
 
 LLAMA, OURS = "transformers' Llama", "GroupFormer"
 
+# Longer prompts take the other engines minutes a round before they decode their first token.
+PEERS_UP_TO = 1024
+
 
 @dataclass
 class Setting:
@@ -106,7 +109,8 @@ def decode(setting: Setting) -> Iterator[dict[str, Any]]:
         with engines(models[LLAMA], shape, setting, {"llama.cpp F32": None}) as peers:
             for context in contexts:
                 runs = {name: torch_runs.decode(model, context, setting.tokens) for name, model in models.items()}
-                runs |= {name: peer.run("decode", context, setting.tokens) for name, peer in peers.items()}
+                if context <= PEERS_UP_TO:
+                    runs |= {name: peer.run("decode", context, setting.tokens) for name, peer in peers.items()}
                 case = f"decode at {context}, {kv_heads} KV heads, float32"
                 yield row(case, alternate(runs, setting.rounds), bytes=shape.decode_bytes(context))
 
