@@ -38,7 +38,7 @@ test-upstream: $(READY)  ## Run transformers' own common tests on GroupFormer, a
 VLLM_VENV ?= .venv-vllm
 test-vllm: $(READY)  ## Run the tests in vLLM itself, in an environment of its own
 	test -x $(VLLM_VENV)/bin/vllm || $(BIN)/python scripts/make_vllm_environment.py $(VLLM_VENV)
-	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm.py
+	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm.py tests/test_vllm_variants.py
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed

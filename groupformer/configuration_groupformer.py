@@ -292,6 +292,44 @@ class GroupFormerConfig(PreTrainedConfig):
         self._check_norms_and_mlp()
         self._check_positions()
 
+    def check_tensor_parallel(self, ranks: int) -> None:
+        """Raises where so many ranks cannot each have whole heads, keys and values of every layer.
+
+        Raises:
+            ValueError: names the layer, its number of heads and the numbers of ranks that would do.
+        """
+        for layer_idx, layer in enumerate(self.per_layer_config):
+            for name, heads in (
+                ("num_key_value_heads", layer.num_key_value_heads),
+                ("num_attention_heads", self.num_attention_heads),
+            ):
+                if heads % ranks != 0:
+                    raise ValueError(
+                        f"{name} ({heads}) of layer {layer_idx} cannot be split among {ranks} tensor parallel ranks; "
+                        f"choose {choices(divisors(heads))}, or shard by FSDP"
+                    )
+
+    def check_pipeline_parallel(self) -> None:
+        """Raises where stages of a pipeline would compute something else than the model.
+
+        Transformers and vLLM hand a stage the hidden states of the one before as its input embeddings: what is done to
+        embeddings would be done again by each stage.
+
+        Raises:
+            ValueError: names the field and its value.
+        """
+        acts_on_embeddings = {
+            "position_embedding_type": self.position_embedding_type in ("learned", "sinusoidal"),
+            "embedding_norm": self.embedding_norm,
+            "embedding_multiplier": self.embedding_multiplier != 1.0,
+        }
+        for name, acts in acts_on_embeddings.items():
+            if acts:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)!r}) acts on the embeddings, and each stage of a pipeline would do "
+                    "it again; use one stage, and tensor or data parallelism instead"
+                )
+
     def validate_token_ids(self):
         """Refuses special tokens that the embedding matrix does not hold."""
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -204,6 +204,7 @@ class GroupFormerAttention(nn.Module):
         slides = config.layer_types[layer_idx] == "sliding_attention"
         # Flash attention counts a window with its own token, transformers' bidirectional masks without it.
         self.sliding_window = layer_config.sliding_window + (not config.is_causal) if slides else None
+        self.own_heads: slice | None = None  # of a mask with biases by head, this tensor parallel rank's part
         self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
 
         query_size = config.num_attention_heads * self.head_dim
@@ -243,6 +244,8 @@ class GroupFormerAttention(nn.Module):
             query, key = turn(query, *position_embeddings), turn(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.own_heads is not None:
+            attention_mask = attention_mask[:, self.own_heads]
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -363,6 +366,13 @@ LAYERS = {
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
+# Tensor parallel styles of the attention where its projections must be whole: each rank computes all heads.
+WHOLE_PROJECTIONS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output"),
+    "o_proj": "rowwise_split_input",
+}
+
+
 class GroupFormerPreTrainedModel(PreTrainedModel):
     """What all GroupFormer models share: what they support, and which backends they refuse."""
 
@@ -392,6 +402,31 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         if attn_implementation is not None:
             self._refuse_backend(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def init_parallel_plans(self) -> None:
+        """The config's plans; a norm over whole projections needs these whole on every rank, as in OLMo 2."""
+        super().init_parallel_plans()
+        if self.config.qk_norm == "projection" and self.base_model is self:
+            self._tp_plan.update({f"layers.*.self_attn.{name}": style for name, style in WHOLE_PROJECTIONS.items()})
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config, mesh_manager):
+        """Transformers' sharding, refused where heads cannot be split; each rank learns which heads are its own."""
+        if mesh_manager is None:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if distributed_config.pp_size > 1:
+            model.config.check_pipeline_parallel()
+        ranks = distributed_config.tp_size
+        splits_heads = model.config.qk_norm != "projection"
+        if splits_heads and ranks > 1:
+            model.config.check_tensor_parallel(ranks)
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if model.config.position_embedding_type == "alibi" and splits_heads and ranks > 1:
+            per_rank, rank = model.config.num_attention_heads // ranks, mesh_manager.get_mesh("tp").get_local_rank()
+            for module in model.modules():
+                if isinstance(module, GroupFormerAttention):
+                    module.own_heads = slice(rank * per_rank, (rank + 1) * per_rank)
+        return model
 
     def _refuse_backend(self, name: str) -> None:
         if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS and "/" not in name:
@@ -444,6 +479,8 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 
     def check_length(self, position_ids: torch.Tensor) -> None:
         """Refuses positions beyond the ones that exist; RoPE computes them, and warns once."""
+        if torch.compiler.is_compiling():  # neither a warning nor a look at values belongs in a graph
+            return
         limit = self.config.max_position_embeddings
         if self.rotary_emb is not None and position_ids.shape[-1] > limit:
             logger.warning_once(
@@ -452,7 +489,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             )
         if self.embed_positions is None or position_ids.numel() == 0 or position_ids.is_meta:
             return
-        if not torch.compiler.is_compiling() and (length := int(position_ids.max()) + 1) > limit:
+        if (length := int(position_ids.max()) + 1) > limit:
             raise ValueError(
                 f"The sequence has {length} positions, but max_position_embeddings ({limit}) is all that "
                 f"position_embedding_type={self.config.position_embedding_type!r} has; shorten or truncate the input"
