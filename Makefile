@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-vllm bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-vllm test-serving bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,16 @@ VLLM_VENV ?= .venv-vllm
 test-vllm: $(READY)  ## Run the tests in vLLM itself, in an environment of its own
 	test -x $(VLLM_VENV)/bin/vllm || $(BIN)/python scripts/make_vllm_environment.py $(VLLM_VENV)
 	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm.py tests/test_vllm_variants.py
+
+# Packages that only some tests need go into an environment of their own, which reads all others from ours.
+SERVING_VENV ?= .venv-serving
+test-serving: $(READY)  ## Run the tests of other engines and formats, in an environment of their own
+	$(BIN)/python -m venv $(SERVING_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(SERVING_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(SERVING_VENV)/bin/python -m pip install --quiet onnx onnxruntime onnxscript
+	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps torchao bitsandbytes
+	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest -m slow tests/test_engines.py
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed

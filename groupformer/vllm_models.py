@@ -31,6 +31,8 @@ class GroupFormerForSequenceClassification(TransformersForSequenceClassification
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_prefix={"score.": "classifier."})
+        # The backend adds a dimension for heads that pick the first token themselves; ours is a plain matrix.
+        self.classifier.__class__ = nn.Linear
 
 
 @default_pooling_type(tok_pooling_type="ALL")

@@ -76,14 +76,6 @@ def check_bidirectional(config: Any, model_config: Any, parallel_config: Any) ->
         )
 
 
-def check_positions(config: Any, model_config: Any, parallel_config: Any) -> None:
-    if config.position_embedding_type == "alibi":
-        raise ValueError(
-            "position_embedding_type ('alibi') has its biases in the attention masks, which vLLM's transformers "
-            "backend drops; serve it with transformers, or export it to its native family"
-        )
-
-
 def check_tensor_parallel(config: Any, model_config: Any, parallel_config: Any) -> None:
     config.check_tensor_parallel(parallel_config.tensor_parallel_size)
 
