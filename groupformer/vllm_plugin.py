@@ -77,7 +77,13 @@ def check_bidirectional(config: Any, model_config: Any, parallel_config: Any) ->
 
 
 def check_tensor_parallel(config: Any, model_config: Any, parallel_config: Any) -> None:
-    config.check_tensor_parallel(parallel_config.tensor_parallel_size)
+    ranks = parallel_config.tensor_parallel_size
+    if config.qk_norm == "projection" and ranks > 1:
+        raise ValueError(
+            f"qk_norm ({config.qk_norm!r}) needs all heads on one rank, but tensor_parallel_size is {ranks}, and "
+            "vLLM's transformers backend splits heads; set it to 1, or serve it with transformers"
+        )
+    config.check_tensor_parallel(ranks)
 
 
 def check_pipeline_parallel(config: Any, model_config: Any, parallel_config: Any) -> None:

@@ -53,13 +53,13 @@ GENERATES = {
 }
 SPLIT = {
     "rope": dict(num_key_value_heads=2),
-    "norm of projections": dict(qk_norm="projection", num_key_value_heads=2),
 }
 BIDIRECTIONAL = dict(is_causal=False)
 REFUSED = {  # the field that the error names, the config, and vLLM's options
     "position_embedding_type": (dict(position_embedding_type="alibi"), {}),
     "sliding_window": (dict(sliding_window=4, per_layer_config={0: {"sliding_window": 7}}), {}),
     "is_causal": (BIDIRECTIONAL, {}),
+    "qk_norm": (dict(qk_norm="projection"), dict(tensor_parallel_size=2)),
     "num_key_value_heads": (dict(num_key_value_heads=1), dict(tensor_parallel_size=2)),
     "embedding_norm": (dict(embedding_norm=True), dict(pipeline_parallel_size=2)),
 }
