@@ -429,7 +429,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         return model
 
     def _refuse_backend(self, name: str) -> None:
-        if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS and "/" not in name:
+        if name not in ("eager", *ALL_ATTENTION_FUNCTIONS) and not set(name) & set("/|"):  # of the Hub; "paged|sdpa"
             return  # nobody knows this name, as transformers then says
         if self.config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
             raise ValueError(
