@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from .loading import load_checked
 
 
 PROMPTS = (
@@ -52,7 +53,7 @@ def shipped_checkpoint() -> Path | None:
 def load(model_path: str | Path | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or Hub id; `None` is a small fresh model with the tokenizer of the package."""
     if model_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = load_checked(AutoModelForCausalLM, model_path, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(model_path)
     tokenizer = GroupFormerTokenizer()
     config = GroupFormerConfig(

@@ -187,7 +187,9 @@ def evaluate_checkpoint(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    from .loading import load_checked
+
+    model = load_checked(AutoModelForCausalLM, source, dtype=dtype)
     if device is None and torch.accelerator.is_available():
         device = str(torch.accelerator.current_accelerator())
     if device is not None:

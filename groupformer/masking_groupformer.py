@@ -29,6 +29,35 @@ def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     ]
 
 
+def check_inputs(shape: torch.Size, attention_mask: Any) -> None:
+    """Refuses what would be computed wrongly, or fail further down by a message about something else.
+
+    Args:
+        shape: Of `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
+        attention_mask: What the caller gave; only masks (B, S) are looked at.
+
+    Raises:
+        ValueError: an empty or flat input, a mask of another batch or shorter than the input, or one with values
+            other than 0 and 1.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph holds no checks of sizes
+        return
+    if len(shape) < 2 or 0 in shape[:2]:
+        raise ValueError(f"the input has shape {tuple(shape)}; give (batch, sequence), both of at least 1")
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return
+    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the input {tuple(shape[:2])}; "
+            "give one row for each row of the input, with an entry for each token, cached ones included"
+        )
+    if attention_mask.is_floating_point() and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError(
+            "attention_mask (batch, sequence) must hold 1 for real tokens and 0 for padding; "
+            "give an additive mask as (batch, 1, queries, keys)"
+        )
+
+
 def create_attention_masks(
     config: GroupFormerConfig,
     inputs_embeds: torch.Tensor,

@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_groupformer import grow_in_place
 from .configuration_groupformer import GroupFormerConfig
-from .masking_groupformer import create_attention_masks, layer_mask_names
+from .masking_groupformer import check_inputs, create_attention_masks, layer_mask_names
 from .ops_groupformer import OWN_ATTENTION, head_cross_entropy, is_plain, project
 
 
@@ -495,6 +495,19 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
                 f"position_embedding_type={self.config.position_embedding_type!r} has; shorten or truncate the input"
             )
 
+    def look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, T, hidden_size) of token ids; on the CPU an id outside the vocabulary is named."""
+        if torch.compiler.is_compiling():
+            return self.embed_tokens(input_ids)
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            outside = input_ids[(input_ids < 0) | (input_ids >= self.embed_tokens.num_embeddings)]
+            raise IndexError(
+                f"input_ids holds {outside[0].item()}, but vocab_size ({self.embed_tokens.num_embeddings}) allows "
+                "only ids from 0 to one less; use the tokenizer of this model, or resize_token_embeddings"
+            ) from error
+
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
         multiplier = self.config.embedding_multiplier
@@ -534,8 +547,9 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        check_inputs(input_ids.shape if inputs_embeds is None else inputs_embeds.shape, attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.look_up(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = grow_in_place(DynamicCache(config=self.config))
         if position_ids is None:

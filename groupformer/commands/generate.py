@@ -37,11 +37,13 @@ def generate_command(
 
     import groupformer  # noqa: F401  registers the architecture
 
+    from ..loading import load_checked
+
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {source} has no chat template; leave --chat out")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    model = load_checked(AutoModelForCausalLM, source, dtype=dtype)
     model.to(device or best_device())
     if chat:
         messages = [{"role": "user", "content": text}]

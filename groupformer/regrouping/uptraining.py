@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
+from ..loading import load_checked
 from ..training.data import expand, load_files, tokenize_and_pack
 from ..training.pretraining import PackedTrainer, bytes_per_token, packed_collator
 from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output
@@ -204,10 +205,10 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
             f"teacher has vocab_size {sizes['teacher']}, but model has {sizes['model']}; "
             "distillation needs one vocabulary: choose the model that this one was made from"
         )
-    student: Any = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    student: Any = load_checked(AutoModelForCausalLM, recipe.model, dtype=torch.float32)
     teacher: Any = None
     if recipe.teacher is not None and "teacher" in configs:
-        teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher, dtype="auto").requires_grad_(False)
+        teacher = load_checked(AutoModelForCausalLM, recipe.teacher, dtype="auto").requires_grad_(False)
     return student, teacher, configs["model"].dtype
 
 

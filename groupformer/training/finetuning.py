@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerTokenizer
+from ..loading import load_checked
 from .data import expand, load_files, require_column
 from .pretraining import packed_collator
 from .recipes import check_model_fields, check_recipe, check_source, pick_train
@@ -156,7 +157,8 @@ def load_model(recipe: FinetuneRecipe, task: Any, tokenizer: Any) -> Any:
         config = GroupFormerConfig(**{"vocab_size": len(tokenizer), **tokens, **options, **recipe.config})
         return task.auto_class.from_config(config)
     config = AutoConfig.from_pretrained(recipe.model, **options)
-    return task.auto_class.from_pretrained(recipe.model, config=config, dtype=torch.float32)
+    fresh_head = recipe.task != "causal-lm"
+    return load_checked(task.auto_class, recipe.model, fresh_head=fresh_head, config=config, dtype=torch.float32)
 
 
 def check_lengths(model: Any, rows: dict[str, Any]) -> None:

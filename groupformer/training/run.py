@@ -1,5 +1,6 @@
 """What every training run needs: an output folder that loses nothing, checkpoints to resume from, and Ctrl-C."""
 
+import json
 import shutil
 import signal
 import threading
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from transformers.trainer_utils import get_last_checkpoint
 
 
 def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -43,13 +43,18 @@ def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Itera
 def last_checkpoint(output: Path) -> str | None:
     """The newest whole checkpoint in a folder of training runs, or `None`.
 
-    Trainer writes its state last, so a checkpoint without it was cut off; it is passed over.
+    Trainer writes its state last, so a checkpoint without a readable one was cut off; it is passed over.
     """
-    whole = [path for path in output.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    newest = get_last_checkpoint(str(output))
-    if newest is None or Path(newest) in whole:
-        return newest
+    whole = [path for path in output.glob("checkpoint-*") if is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.split("-")[-1].isdigit()
 
 
 class SaveOnInterrupt(TrainerCallback):

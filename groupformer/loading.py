@@ -1,0 +1,85 @@
+"""Loading that trusts nothing: a damaged checkpoint is refused by file and tensor, before it can pass for a model.
+
+Transformers fills what a file lacks with fresh random weights and a warning, and loads NaN as it is. That serves those
+who build on a model; a command that evaluates, generates or trains must rather stop.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .families.checkpoint import open_checkpoint
+
+
+def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = False, **options: Any) -> Any:
+    """`auto_class.from_pretrained(source)`, with every weight accounted for.
+
+    Args:
+        auto_class: An Auto class of transformers, or a model class.
+        source: Folder or Hub id.
+        fresh_head: Whether the checkpoint may lack what lies outside the base model: a new head.
+        options: Of `from_pretrained`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: a missing, truncated or otherwise broken file; a tensor that is missing, has another shape than the
+            config says, or holds NaN or infinity. The message names file and tensor.
+    """
+    refuse_broken_files(source)
+    with errors_only():
+        model, report = auto_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    base = f"{model.base_model_prefix}."
+    missing = sorted(name for name in report["missing_keys"] if not fresh_head or name.startswith(base))
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{source} lacks the tensor {missing[0]}{rest}; it is incomplete, or of another architecture")
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        shapes = f"shape {tuple(found)}, but the config makes it {tuple(wanted)}"
+        raise ValueError(f"{file_of(source, name)}: {name} has {shapes}")
+    refuse_non_finite(model, source)
+    return model
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keeps transformers' table of missing and odd weights quiet: what matters in it is raised as an error."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def refuse_broken_files(source: str | Path) -> None:
+    """Checks headers, sizes and the index of a folder's safetensors files; other sources are left to transformers."""
+    folder = Path(source)
+    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        open_checkpoint(folder)
+
+
+def refuse_non_finite(model: PreTrainedModel, source: str | Path) -> None:
+    """Refuses a model with NaN or infinity among its weights, by tensor and file."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ValueError(f"{file_of(source, name)}: {name} holds NaN or infinity in {bad:,} places")
+
+
+def file_of(source: str | Path, name: str) -> str:
+    """The file that holds a tensor, as far as the checkpoint tells; else the checkpoint itself."""
+    folder = Path(source)
+    if not any((folder / index).exists() for index in ("model.safetensors", "model.safetensors.index.json")):
+        return str(source)
+    places = getattr(open_checkpoint(folder), "places", {})
+    endings = [stored for stored in places if stored == name or name.endswith(f".{stored}") or stored.endswith(name)]
+    return str(places[endings[0]][0]) if endings else str(source)
