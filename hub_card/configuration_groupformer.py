@@ -222,6 +222,19 @@ class GroupFormerConfig(PreTrainedConfig):
     family: str | None = None
     native_config: dict[str, Any] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Transformers' `from_dict`, for fields that come from a file: these name no code to fetch from the Hub."""
+        for name in ("attn_implementation", "_attn_implementation"):
+            chosen = config_dict.get(name)
+            backends = chosen.values() if isinstance(chosen, dict) else [chosen]
+            if any(isinstance(backend, str) and "/" in backend for backend in backends):
+                raise ValueError(
+                    f"{name} ({chosen!r}) in a config would fetch code from the Hub; take it out there, and pass it "
+                    "to from_pretrained if you trust it"
+                )
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
             if self.hidden_size % self.num_attention_heads != 0:

@@ -176,11 +176,12 @@ def eager_attention_forward(
     batch, heads, length, head_dim = query.shape
     kv_heads, seen = key.shape[1], key.shape[2]
     group_rows = heads // kv_heads * length
-    scores = torch.matmul(query.reshape(batch, kv_heads, group_rows, head_dim), key.transpose(2, 3)) * scaling
-    scores = scores.view(batch, heads, length, seen)
+    # Scaled before the product and masked in float32 (float64 stays itself): float16 ends at 65,504.
+    scores = torch.matmul((query * scaling).reshape(batch, kv_heads, group_rows, head_dim), key.transpose(2, 3))
+    scores = scores.view(batch, heads, length, seen).to(torch.promote_types(scores.dtype, torch.float32))
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.softmax(scores, dim=-1).to(query.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     output = torch.matmul(probabilities.view(batch, kv_heads, group_rows, seen), value)
     return output.view(batch, heads, length, -1).transpose(1, 2).contiguous(), probabilities

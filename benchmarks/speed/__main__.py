@@ -116,6 +116,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def earlier_rows(path: Path, where: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What earlier runs on the same machine measured, by case: parts can be run one by one."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return {row["case"]: row for row in report.get("rows", []) if report.get("machine") == where}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=cases.PARTS, default=list(cases.PARTS))
@@ -139,9 +145,11 @@ def main() -> None:
     limits = ceilings("cpu", options.tiny)
     report: dict[str, Any] = {"machine": machine("cpu", options.threads), "ceilings": limits, "rows": []}
     options.output.mkdir(parents=True, exist_ok=True)
+    rows = earlier_rows(options.output / "speed.json", report["machine"])
     for part in options.parts:
         for row in cases.PARTS[part](setting):
-            report["rows"].append(add_shares(row, limits))
+            rows[row["case"]] = row
+            report["rows"] = [add_shares(each, limits) for each in rows.values()]
             (options.output / "speed.json").write_text(json.dumps(report, indent=1))
             print(*(" | ".join(line) for line in lines([row])), sep="\n", flush=True)
     (options.output / "speed.md").write_text(markdown(report))

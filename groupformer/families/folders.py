@@ -107,7 +107,9 @@ def read_native_config(folder: Path) -> PreTrainedConfig:
     if content.get("model_type") == GroupFormerConfig.model_type:
         raise ValueError(f"{folder} is a GroupFormer already; load it with from_pretrained")
     family = family_named(content.get("model_type"))
-    return CONFIG_MAPPING[family.model_type].from_pretrained(folder)
+    config = CONFIG_MAPPING[family.model_type].from_pretrained(folder)
+    config._attn_implementation = None  # whatever the file names, a kernel on the Hub too, is not needed to convert
+    return config
 
 
 def class_name_of(config: PreTrainedConfig) -> str | None:

@@ -1,0 +1,143 @@
+"""Pushing a checkpoint folder to the Hub as it is, without loading the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .loading import refuse_broken_files
+
+
+# What belongs to a checkpoint; training state, logs and whatever else lies beside it stays at home.
+BELONGS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*_groupformer.py",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "*.gguf",
+    "space/*",
+)
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags:
+- groupformer
+- custom_code
+- grouped-query-attention
+---
+
+# {name}
+
+A GroupFormer with {heads} query heads on {kv_heads} key-value heads in each of {layers} layers. Its KV cache takes
+{cache_bytes:,} bytes a token.
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+`trust_remote_code=True` runs the code of this repository. Where the package `groupformer` is
+installed and imported, it is not needed.
+"""
+
+TASKS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+
+
+def push_folder(
+    folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
+) -> str:
+    """Uploads a checkpoint folder, in one commit; a folder without a card gets one that says what it is.
+
+    Args:
+        folder: A checkpoint as `save_pretrained` writes it.
+        repo_id: "user/name" on the Hub; made if it is not there.
+        private: Whether a repository that is made is private.
+        revision: A branch. Default: main.
+        message: Of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: no checkpoint, broken weights, or a GroupFormer without its code; nothing is uploaded then.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    config = read_config(folder)
+    refuse_broken_files(folder)
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not (folder / "README.md").exists() and config.get("model_type") == "groupformer":
+        card = card_of(folder, repo_id).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, revision=revision)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=list(BELONGS),
+        ignore_patterns=["checkpoint-*/*"],
+        revision=revision,
+        commit_message=message or f"Upload {folder.resolve().name}",
+    )
+    return str(commit.commit_url)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint folder that can be pushed.
+
+    Raises:
+        ValueError: see `push_folder`.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained has written")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no .safetensors file; give a folder that save_pretrained has written")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "groupformer" and not (folder / "modeling_groupformer.py").is_file():
+        raise ValueError(f"{folder} lacks modeling_groupformer.py; save the model once more with save_pretrained")
+    return config
+
+
+def card_of(folder: Path, repo_id: str) -> str:
+    """A card that says what a checkpoint is, from its config alone."""
+    import torch
+
+    from . import GroupFormerConfig
+    from .model_card import cache_bytes_per_token
+
+    config = GroupFormerConfig.from_pretrained(folder)
+    kind = (config.architectures or ["GroupFormerForCausalLM"])[0].removeprefix("GroupFormer")
+    task, auto_class = TASKS[kind]
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    counts = sorted({layer.num_key_value_heads for layer in config.per_layer_config})
+    return CARD.format(
+        task=task,
+        auto_class=auto_class,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        heads=config.num_attention_heads,
+        kv_heads=" or ".join(map(str, counts)),
+        layers=config.num_hidden_layers,
+        cache_bytes=cache_bytes_per_token(config, dtype),
+    )

@@ -1,0 +1,110 @@
+"""The commands that push a folder to the Hub and that time checkpoints."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
+from groupformer.cli import app
+from groupformer.publishing import push_folder
+from groupformer.speed import measure
+
+from .helpers import randomize, tiny_config
+from .hub_server import running_hub
+from .test_hub import LOAD, WITHOUT_PACKAGE, run
+
+
+def groupformer(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = randomize(GroupFormerForCausalLM(tiny_config(vocab_size=16384, num_key_value_heads=2)))
+    model.save_pretrained(tmp_path / "model")
+    GroupFormerTokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+PUSH_FOLDER = """
+import sys
+from groupformer.publishing import push_folder
+print(push_folder(sys.argv[1], "me/pushed"))
+"""
+
+
+# Push ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_pushed_folder_loads_without_the_package(folder, tmp_path):
+    (folder / "checkpoint-3").mkdir()
+    for name in ("checkpoint-3/optimizer.pt", "checkpoint-3/model.safetensors", "results.json", "training_args.bin"):
+        (folder / name).write_bytes(b"stays at home")
+    with running_hub() as (endpoint, hub):
+        assert "me/pushed" in run(PUSH_FOLDER, folder, endpoint=endpoint, home=tmp_path / "pushing")
+        _, files = hub.snapshot("me/pushed", "main")
+        arguments = ("me/pushed", "", "{}")
+        result = json.loads(run(WITHOUT_PACKAGE + LOAD, *arguments, endpoint=endpoint, home=tmp_path / "loading"))
+    assert {"config.json", "model.safetensors", "modeling_groupformer.py", "tokenizer.json", "README.md"} <= set(files)
+    assert not any("stays at home" in content.decode(errors="ignore") for content in files.values())
+    assert result["names"][0] == "GroupFormerForCausalLM"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert "4 query heads on 2 key-value heads in each of 2 layers" in " ".join(card.text.split())
+    assert "Its KV cache takes 256 bytes a token" in " ".join(card.text.split())
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("config.json", "holds no config.json"),
+        ("model.safetensors", "holds no .safetensors file"),
+        ("modeling_groupformer.py", "lacks modeling_groupformer.py"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_not_pushed(missing, message, folder):
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        push_folder(folder, "me/pushed")
+
+
+def test_broken_weights_are_not_pushed(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or broken"):
+        push_folder(folder, "me/pushed")
+
+
+@pytest.mark.parametrize("name", ["pushed", "me/pushed/again", "/pushed", "./pushed"])
+def test_a_repository_is_a_user_and_a_name(name, folder):
+    done = groupformer("push", folder, name)
+    assert done.exit_code == 1 and "must be USER/NAME" in str(done.exception)
+
+
+# Bench ---------------------------------------------------------------------------------------------------------------
+
+
+def test_caches_are_weighed_and_speeds_related_to_the_first():
+    models = {
+        heads: GroupFormerForCausalLM(tiny_config(num_key_value_heads=heads)).eval() for heads in (4, 1)
+    }  # 2 layers of heads of 8 features
+    first, second = measure(models, context=10, batch=2, new_tokens=3, rounds=2)
+    assert first["cache_bytes"] == 2 * 2 * 2 * 4 * 8 * 12 * torch.float32.itemsize
+    assert first["cache_bytes"] == 4 * second["cache_bytes"]
+    assert first["decode_ratio"] == 1.0
+    assert second["decode_ratio"] == second["decode_tokens_per_second"] / first["decode_tokens_per_second"]
+
+
+def test_the_command_prints_a_table_or_json(folder):
+    options = ("--context", 8, "--new-tokens", 2, "--rounds", 1)
+    assert "8 tokens, then 2 decoded" in groupformer("bench", folder, *options).stdout
+    rows = json.loads(groupformer("bench", folder, *options, "--json").stdout)
+    assert rows[0]["model"] == str(folder) and rows[0]["milliseconds_per_step"] > 0
+
+
+def test_a_prompt_beyond_the_positions_is_refused(folder):
+    done = groupformer("bench", folder, "--context", 60, "--new-tokens", 10)
+    assert done.exit_code == 1 and "context + new_tokens (70) exceeds the 64 positions" in str(done.exception)
