@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-vllm test-serving bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-slow: $(READY)  ## Run the slow tests
 
 test-upstream: $(READY)  ## Run transformers' own common tests on GroupFormer, and on Llama beside it
 	$(BIN)/python scripts/upstream_tests.py --workers $(WORKERS)
+
+test-versions: $(READY)  ## Run the fast tests with the oldest and the newest transformers and peft
+	$(BIN)/python scripts/version_tests.py --workers $(WORKERS)
 
 # vLLM needs other versions than we do, so it has an environment of its own; its torch is the pinned one.
 VLLM_VENV ?= .venv-vllm

@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -42,7 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_groupformer import grow_in_place
+from .cache_groupformer import grow_in_place, new_cache
 from .configuration_groupformer import GroupFormerConfig
 from .masking_groupformer import check_inputs, create_attention_masks, layer_mask_names
 from .ops_groupformer import OWN_ATTENTION, head_cross_entropy, is_plain, project
@@ -552,7 +553,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.look_up(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = grow_in_place(DynamicCache(config=self.config))
+            past_key_values = new_cache(self.config)
         if position_ids is None:
             position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
         self.check_length(position_ids)
@@ -652,7 +653,12 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        try:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        except AmbiguousGlobalPerLayerAttributeError:  # transformers below 5.19, see `new_cache`
+            if generation_config.cache_implementation is not None:
+                raise
+            model_kwargs["past_key_values"] = new_cache(self.config)
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache:
             grow_in_place(cache)

@@ -247,15 +247,13 @@ def row(
     )
 
 
-def draw(plans: list[Plan], title: str, path: Path) -> None:
-    """Cache size, and the sequences that fit, over KV heads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def figure_of(plans: list[Plan], title: str) -> Any:
+    """Cache size, and the sequences that fit, over KV heads, as a matplotlib figure."""
+    from matplotlib.figure import Figure
 
     names = [str(each.kv_heads) for each in plans]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    figure = Figure(figsize=(9, 3.5))
+    left, right = figure.subplots(1, 2)
     colors = ["C1" if each.is_present else "C0" for each in plans]
     left.bar(names, [each.cache / 1e9 for each in plans], color=colors)
     left.set_ylabel("KV cache, GB")
@@ -265,5 +263,9 @@ def draw(plans: list[Plan], title: str, path: Path) -> None:
         axes.set_xlabel("key-value heads (orange: as it is)")
     figure.suptitle(title, fontsize="medium")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
+
+
+def draw(plans: list[Plan], title: str, path: Path) -> None:
+    """Draws `figure_of` into a file."""
+    figure_of(plans, title).savefig(path, dpi=150)

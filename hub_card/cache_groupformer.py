@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 
 class Room:
@@ -197,6 +198,18 @@ class GrowingSlidingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):
 
 
 GROWING_LAYERS: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingWindowLayer}
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty growing cache for a model.
+
+    Before transformers 5.19 no cache knows windows that differ by layer: there sliding layers keep all tokens, which
+    costs memory and changes nothing else, since the masks hide what a window has left behind.
+    """
+    try:
+        return grow_in_place(DynamicCache(config=config))
+    except AmbiguousGlobalPerLayerAttributeError:
+        return grow_in_place(DynamicCache())
 
 
 def grow_in_place(cache: DynamicCache) -> DynamicCache:

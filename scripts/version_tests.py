@@ -79,12 +79,15 @@ def environment(folder: Path, versions: dict[str, str]) -> str:
         subprocess.run([python, "-m", "pip", "install", *options, *what], check=True)
 
     install(*(f"{name}=={version}" for name, version in versions.items()))
-    command = [python, "-c", UNMET, *versions]
-    unmet = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    if unmet:
+    names = list(versions)
+    while True:  # what is installed for one may need more
+        command = [python, "-c", UNMET, *names]
+        unmet = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        if not unmet:
+            return python
         print("also installed:", ", ".join(unmet), flush=True)
         install(*unmet)
-    return python
+        names += [Requirement(line).name for line in unmet]
 
 
 def run(name: str, versions: dict[str, str], options: argparse.Namespace) -> int:

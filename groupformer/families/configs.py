@@ -94,6 +94,8 @@ def refuse_unknown_fields(native: PreTrainedConfig, family: Family) -> None:
             )
         if value is None or name in IGNORED_EVERYWHERE or (name in defaults and value == defaults[name]):
             continue
+        if name == "partial_rotary_factor" and name in (native.rope_parameters or {}):
+            continue  # older versions of transformers keep a second one, which no model reads
         code = native_code(type(native)) if code is None else code
         read = re.search(rf"config\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']", code)
         if name in defaults or name in SHARED_FIELDS or read:

@@ -1,0 +1,31 @@
+"""`groupformer app`: a page to try a model on."""
+
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("app")(app_command)
+
+
+def app_command(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[PATH|HUB_ID]", help="A GroupFormer. Default: the checkpoint that ships.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    browser: Annotated[bool, typer.Option("--browser", help="Open it in the browser.")] = False,
+) -> None:
+    """Serve a page that generates, regroups the model live, shows where its heads look, and plans its cache.
+
+    Example: groupformer app runs/regrouped --port 7860
+    """
+    try:
+        import gradio  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"the app needs {error.name}; install it with: pip install 'groupformer[app]'") from error
+    from ..app import launch
+
+    launch(source, host=host, port=port, inbrowser=browser)
