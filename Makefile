@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app audit bench study lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,20 @@ test-serving: $(READY)  ## Run the tests of other engines and formats, in an env
 	$(SERVING_VENV)/bin/python -m pip install --quiet onnx onnxruntime onnxscript
 	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps torchao bitsandbytes
 	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest -m slow tests/test_engines.py
+
+APP_VENV ?= .venv-app
+test-app: $(READY)  ## Run the tests of the app, in an environment of its own and in a browser
+	$(BIN)/python -m venv $(APP_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(APP_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(APP_VENV)/bin/python -m pip install --quiet "gradio>=6" playwright
+	command -v chromium || $(APP_VENV)/bin/python -m playwright install chromium
+	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_app.py tests/test_app_browser.py
+
+audit: $(READY)  ## Check the pinned packages against the known vulnerabilities
+	$(BIN)/python -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed

@@ -9,6 +9,7 @@ Needs the extra `app` (Gradio and matplotlib). Everything runs on this machine; 
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +167,7 @@ def attention_tab(session: Session) -> None:
 
     start.click(told(look), sentence, [token, picture])
     sentence.submit(told(look), sentence, [token, picture])
-    token.input(told(choose), [sentence, token], picture)
+    token.change(told(choose), [sentence, token], picture)
 
 
 def memory_tab(session: Session) -> None:
@@ -212,6 +213,10 @@ def read_config(text: str) -> Any:
     """
     if not text.startswith("{"):
         return planning.load_config(text)
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The config is not JSON: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(text, encoding="utf-8")

@@ -64,7 +64,8 @@ class Session:
             raise ValueError(f"{chosen} is a {type(model).__name__}; import it first: groupformer import {chosen} DST")
         if not model.config.is_causal:
             raise ValueError(f"{chosen} has is_causal=False: it predicts no next token")
-        return cls(model.eval(), tokenizer, str(chosen or "a small fresh model"))
+        name = Path(chosen).name if chosen and Path(chosen).is_dir() else str(chosen or "a small fresh model")
+        return cls(model.eval(), tokenizer, name)
 
     # Generation ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ STYLE = """
 .gf-groups { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 .gf-group { border: 2px solid; border-radius: 0.5rem; padding: 0.3rem 0.5rem; max-width: 100%; }
 .gf-group { box-sizing: border-box; }
-.gf-group > h5 { margin: 0 0 0.2rem 0; font-size: 0.75rem; }
+.gf-group > p { margin: 0 0 0.2rem 0; font-size: 0.75rem; opacity: 0.75; }
 .gf-head { display: flex; flex-wrap: wrap; align-items: baseline; font-size: 0.8rem; line-height: 1.5; }
 .gf-head > b { font-weight: normal; opacity: 0.75; min-width: 3.6rem; }
 .gf-head > span { padding: 0 0.12rem; white-space: pre; border-radius: 0.2rem; }
@@ -64,4 +64,4 @@ def group_html(tokens: list[str], probabilities: Any, query: int, kv_head: int, 
         ]
         rows.append(f'<div class="gf-head"><b>head {head + 1}</b>{"".join(cells)}</div>')
     title = f"KV head {kv_head + 1}, read by {share} query head{'s' if share > 1 else ''}"
-    return f'<div class="gf-group" style="border-color: hsl({color}, 85%, 45%)"><h5>{title}</h5>{"".join(rows)}</div>'
+    return f'<div class="gf-group" style="border-color: hsl({color}, 85%, 45%)"><p>{title}</p>{"".join(rows)}</div>'
