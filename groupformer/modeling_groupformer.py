@@ -365,6 +365,11 @@ LAYERS = {
 }
 
 
+def layer_class_of(config: GroupFormerConfig) -> type[GroupFormerDecoderLayer]:
+    """The kind of layer that a config asks for."""
+    return LAYERS["parallel" if config.parallel_residual else config.norm_position]
+
+
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +399,14 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     def __init__(self, config: GroupFormerConfig, *args, **kwargs):
         config.validate_architecture()  # again, because a config may have been changed since it was built
         super().__init__(config, *args, **kwargs)
+        # Only the kind of layer that this model has: accelerate's FSDP looks for each one named.
+        self._no_split_modules = [layer_class_of(config).__name__]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # FSDP2 makes a class of its own of a sharded model's; saving would copy its code, which is torch's, for ours.
+        if cls.__name__ == f"FSDP{cls.__bases__[-1].__name__}":
+            cls.__name__, cls.__module__ = cls.__bases__[-1].__name__, cls.__bases__[-1].__module__
 
     # `generate` prepares masks in advance for compiled decoding; these are ours, for the same names.
     create_masks_for_generate = staticmethod(create_attention_masks)
@@ -457,7 +470,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.embed_positions = absolute(config) if absolute is not None else None
         self.embed_norm = build_norm(config) if config.embedding_norm else None
         self.embed_dropout = nn.Dropout(config.embedding_dropout)
-        layer_class = LAYERS["parallel" if config.parallel_residual else config.norm_position]
+        layer_class = layer_class_of(config)
         self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.rotary_emb = GroupFormerRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
