@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app audit bench study lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app audit bench study figures lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ DATA ?= ../shared/data/textbooks
 study: $(READY)  ## Measure what fewer KV heads cost, before and after uptraining
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --checkpoint hub_card --data $(DATA) --pretraining-tokens 5324800 \
 		--recipe recipes/reference.yaml --documents 10 --bf16 --output runs/study --plot docs/regroup.png
+
+figures: $(READY)  ## Draw the README's picture from the measured results
+	$(BIN)/python scripts/figures.py
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .
