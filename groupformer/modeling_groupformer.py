@@ -402,11 +402,15 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         # Only the kind of layer that this model has: accelerate's FSDP looks for each one named.
         self._no_split_modules = [layer_class_of(config).__name__]
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # FSDP2 makes a class of its own of a sharded model's; saving would copy its code, which is torch's, for ours.
-        if cls.__name__ == f"FSDP{cls.__bases__[-1].__name__}":
-            cls.__name__, cls.__module__ = cls.__bases__[-1].__name__, cls.__bases__[-1].__module__
+    def save_pretrained(self, *args, **kwargs):
+        # FSDP2 makes a class of torch's of a sharded model's; while it is saved, it goes by our name and file.
+        cls = type(self)
+        names, own = (cls.__name__, cls.__module__), cls.__bases__[-1] if cls.__name__.startswith("FSDP") else cls
+        cls.__name__, cls.__module__ = own.__name__, own.__module__
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            cls.__name__, cls.__module__ = names
 
     # `generate` prepares masks in advance for compiled decoding; these are ours, for the same names.
     create_masks_for_generate = staticmethod(create_attention_masks)
