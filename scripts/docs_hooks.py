@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
-QUOTE = re.compile(r"^<!-- source: ([\w.]+) -->$", flags=re.MULTILINE)
+QUOTE = re.compile(r"^( *)<!-- source: ([\w.]+) -->$", flags=re.MULTILINE)
 
 
 def repository_path(src_uri: str) -> str:
@@ -116,4 +116,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if not (ROOT / repository_path(page.file.src_uri)).exists():  # a page made of code, above
         return markdown
     markdown = relink(markdown, page.file.src_uri)
-    return QUOTE.sub(lambda match: f"```python\n{quoted(match[1])}\n```", markdown)
+    return QUOTE.sub(lambda match: textwrap.indent(f"```python\n{quoted(match[2])}\n```", match[1]), markdown)

@@ -50,7 +50,7 @@ def condense(folder: Path) -> dict[str, Any]:
         # What was trained on stands in the file's name alone: inside, "loss" is the evaluation's, in nats.
         if trained_on := re.search("_loss=([a-z-]+)_", path.name):
             labels["loss"] = trained_on[1]
-        rows.append({**labels, "bits_per_byte": round(cell["bits_per_byte"], 5)})
+        rows.append({**labels, "bits_per_byte": round(cell["bits_per_byte"], 6)})
     return {**dict(zip(SETTING, settings.pop())), "cells": rows}
 
 
