@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app audit bench study figures lint format types check clean
+.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app docs test-docs audit \
+	bench study figures lint format types check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +67,22 @@ audit: $(READY)  ## Check the pinned packages against the known vulnerabilities
 	$(BIN)/python -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+
+# The site and its notebook, likewise. Nothing is fetched while the site is built, nor when it is read.
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m venv $(DOCS_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(DOCS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY)  ## Build the documentation site in site/, its links and anchors checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
+test-docs: $(DOCS_READY)  ## Run every command and program of the README, the tutorial and the guides, and the notebook
+	OMP_NUM_THREADS=1 $(DOCS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_docs.py tests/test_readme.py
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed

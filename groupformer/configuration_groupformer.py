@@ -79,7 +79,7 @@ class GroupFormerConfig(PreTrainedConfig):
             RoPE warns once; ALiBi and no positions have no limit.
         position_offset (`int`, defaults to 0):
             Row of the position table that the first token reads (OPT: 2). Learned positions only.
-        rope_parameters (`dict`, *optional*, defaults to `{"rope_type": "default", "rope_theta": 10000.0}`):
+        rope_parameters (`dict`, *optional*, defaults to the type `"default"` with a `rope_theta` of 10000):
             Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
         no_rope_layers (`list[int]`, *optional*):
             SmolLM3's and Llama 4's convention: one entry a layer, 1 where the layer uses RoPE, 0 where it has no

@@ -1,0 +1,119 @@
+"""What the documentation site needs beyond MkDocs: links that leave docs/, and code that is quoted from the source.
+
+The pages are written for two readers, of the repository and of the site. In the repository a page may link to any
+file; on the site such a file becomes a page below repository/. A comment `<!-- source: module.name -->` is invisible
+in the repository; on the site the function's or class's code stands in its place, as it is now, without its docstring.
+"""
+
+import ast
+import os
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+QUOTE = re.compile(r"^( *)<!-- source: ([\w.]+) -->$", flags=re.MULTILINE)
+
+
+def repository_path(src_uri: str) -> str:
+    """Where a page of the site lies in the repository."""
+    return src_uri.removeprefix("repository/") if src_uri.startswith("repository/") else f"docs/{src_uri}"
+
+
+def site_path(path: str) -> str:
+    """Where a file of the repository lies on the site; code is shown on a page, and a folder by its README."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if (ROOT / path).is_dir():
+        path += "/README.md"
+    return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
+
+
+def linked_path(target: str, page: str) -> str | None:
+    """The file of the repository that a page's link means, if it is there."""
+    path = os.path.normpath(Path(page).parent / target)
+    return path if not path.startswith("..") and (ROOT / path).exists() else None
+
+
+def relink(markdown: str, src_uri: str) -> str:
+    """A page's links, as they lead on the site."""
+    page = repository_path(src_uri)
+
+    def replace(match: re.Match) -> str:
+        path = linked_path(match[1], page)
+        if path is None:
+            return match[0]  # MkDocs then says what is wrong with it
+        return f"]({os.path.relpath(site_path(path), Path(src_uri).parent)}{match[2] or ''})"
+
+    return LINK.sub(replace, markdown)
+
+
+def quoted(name: str) -> str:
+    """The code of a function, class, method or constant of a module, as `package.module.name`, without its docstring.
+
+    Raises:
+        ValueError: there is no such module, or nothing of that name in it.
+    """
+    parts = name.split(".")
+    length = next((n for n in range(len(parts), 0, -1) if ROOT.joinpath(*parts[:n]).with_suffix(".py").is_file()), 0)
+    path = ROOT.joinpath(*parts[:length]).with_suffix(".py")
+    source = path.read_text(encoding="utf-8") if length else ""
+    node: Any = ast.parse(source)
+    for part in parts[length:]:
+        node = next((child for child in node.body if part in names_of(child)), None)
+        if node is None:
+            break
+    if not length or node is None or isinstance(node, ast.Module):
+        raise ValueError(
+            f"source ({name}) names no function, class or constant of this repository; correct the comment"
+        )
+    lines = source.splitlines()
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    left_out: set[int] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) and len(inner.body) > 1:
+            left_out |= set(range(inner.body[0].lineno, inner.body[1].lineno))
+    kept = [
+        line for number, line in enumerate(lines[: node.end_lineno], 1) if number >= first and number not in left_out
+    ]
+    return textwrap.dedent("\n".join(kept))
+
+
+def names_of(node: ast.AST) -> set[str]:
+    """What a statement defines."""
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {getattr(node, "name", "")}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds a page for each file outside docs/ that a page links to."""
+    from mkdocs.structure.files import File, InclusionLevel
+
+    waiting = list(files.documentation_pages())
+    while waiting:
+        page = waiting.pop()
+        for target, _ in LINK.findall(page.content_string):
+            path = linked_path(target, repository_path(page.src_uri))
+            if path is None or path.startswith("docs/") or files.get_file_from_path(site_path(path)):
+                continue
+            source = ROOT / path / "README.md" if (ROOT / path).is_dir() else ROOT / path
+            text = source.read_text(encoding="utf-8")
+            if source.suffix != ".md":
+                text = f"# {path}\n\n~~~~{source.suffix.lstrip('.')}\n{text}~~~~\n"
+            added = File.generated(config, site_path(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+            files.append(added)
+            if source.suffix == ".md":
+                waiting.append(added)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Leads links to their pages, and puts the quoted code in."""
+    if not (ROOT / repository_path(page.file.src_uri)).exists():  # a page made of code, above
+        return markdown
+    markdown = relink(markdown, page.file.src_uri)
+    return QUOTE.sub(lambda match: textwrap.indent(f"```python\n{quoted(match[2])}\n```", match[1]), markdown)

@@ -1,0 +1,113 @@
+"""The documentation does what it says: its programs run, its quotations are there, its figure is the data's."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import groupformer
+
+from .hub_server import running_hub
+
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "guides").glob("*.md"))]
+
+
+def script(name):
+    """A module of scripts/, which is no package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+hooks = script("docs_hooks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_page_runs(page, tmp_path):
+    for name in ("groupformer", "hub_card", "recipes"):  # a clone, as far as the pages use it; runs/ is of this test
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
+    with running_hub() as (endpoint, _):
+        if "push_to_hub" in page.read_text(encoding="utf-8"):
+            environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, str(ROOT / "tests" / "run_page.py"), str(page)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    public = set(groupformer.__all__) - {"__version__"}
+    assert not [name for name in public if not re.search(rf"^::: groupformer\.[\w.]+\.{name}$", page, re.MULTILINE)]
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
+    assert not [page for page in pages if f": {page}\n" not in navigation]
+
+
+QUOTES = [name for path in DOCS.rglob("*.md") for _, name in hooks.QUOTE.findall(path.read_text(encoding="utf-8"))]
+
+
+def test_the_pages_quote_code():
+    assert len(QUOTES) > 10
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_quoted_code_is_there_without_its_docstring(name):
+    code = hooks.quoted(name)
+    assert name.split(".")[-1] in code and '"""' not in code
+
+
+def test_a_quotation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="groupformer.modeling_groupformer.Missing"):
+        hooks.quoted("groupformer.modeling_groupformer.Missing")
+
+
+@pytest.mark.parametrize(
+    "page, link, on_the_site",
+    [
+        ("hub.md", "(../hub_card)", "(repository/hub_card/README.md)"),
+        ("guides/push.md", "(../../groupformer/cli.py)", "(../repository/groupformer/cli.py.md)"),
+        ("guides/push.md", "(../hub.md#safety)", "(../hub.md#safety)"),
+        ("repository/CONTRIBUTING.md", "(docs/families.md#gguf)", "(../families.md#gguf)"),
+        ("hub.md", "(nowhere.md)", "(nowhere.md)"),
+    ],
+)
+def test_a_link_leads_to_the_same_file_on_the_site(page, link, on_the_site):
+    assert hooks.relink(f"[words]{link}", page) == f"[words]{on_the_site}"
+
+
+def test_the_figure_is_drawn_from_the_data_that_is_here(tmp_path):
+    figures = script("figures")
+    study = json.loads(figures.DATA.read_text(encoding="utf-8"))
+    mean, merged, uptrained = figures.lines_of(study)
+    assert list(mean) == list(merged) == list(uptrained) == [8, 4, 2, 1]
+    assert figures.cache_bytes_per_kv_head() * 8 == 8192  # as the checkpoint's card says
+    page = (DOCS / "regroup.md").read_text(encoding="utf-8")
+    assert all(f"{line[heads]:.3f}" in page for line in (mean, merged, uptrained) for heads in (4, 2, 1))
+    figures.draw(study, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_condensed_cells_keep_what_was_trained_on(tmp_path):
+    figures = script("figures")
+    cell = {"part": "uptrain", "kv_heads": 2, "percent": 5.0, "loss": 3.1, "bits_per_byte": 1.5, "checkpoint": "abc"}
+    cell |= {"documents": 1, "window": 512, "stride": 256}
+    (tmp_path / "part=uptrain_percent=5.0_loss=text-only_documents=1.json").write_text(json.dumps(cell))
+    study = figures.condense(tmp_path)
+    assert study["checkpoint"] == "abc" and study["cells"][0]["loss"] == "text-only"
+    (tmp_path / "part=other.json").write_text(json.dumps({**cell, "checkpoint": "def"}))
+    with pytest.raises(ValueError, match="2 settings"):
+        figures.condense(tmp_path)
