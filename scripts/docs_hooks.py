@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+PICTURES = (".png", ".svg")
 QUOTE = re.compile(r"^( *)<!-- source: ([\w.]+) -->$", flags=re.MULTILINE)
 
 
@@ -24,12 +25,12 @@ def repository_path(src_uri: str) -> str:
 
 
 def site_path(path: str) -> str:
-    """Where a file of the repository lies on the site; code is shown on a page, and a folder by its README."""
+    """Where a file of the repository lies on the site: code on a page, a folder as its README, a picture as it is."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if (ROOT / path).is_dir():
         path += "/README.md"
-    return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
+    return f"repository/{path}" if path.endswith((".md", *PICTURES)) else f"repository/{path}.md"
 
 
 def linked_path(target: str, page: str) -> str | None:
@@ -101,6 +102,9 @@ def on_files(files: Any, config: Any) -> Any:
             if path is None or path.startswith("docs/") or files.get_file_from_path(site_path(path)):
                 continue
             source = ROOT / path / "README.md" if (ROOT / path).is_dir() else ROOT / path
+            if source.suffix in PICTURES:
+                files.append(File.generated(config, site_path(path), abs_src_path=str(source)))
+                continue
             text = source.read_text(encoding="utf-8")
             if source.suffix != ".md":
                 text = f"# {path}\n\n~~~~{source.suffix.lstrip('.')}\n{text}~~~~\n"
