@@ -1,7 +1,7 @@
 """The `groupformer` command: it parses, calls and prints; the work is done by the packages that it calls.
 
 Each module of `groupformer.commands` adds its commands to the app. Errors end the process with one line on stderr and
-exit code 1; `groupformer --debug ...` shows the traceback instead. Ctrl-C ends with exit code 130.
+exit code 1; with `--debug`, anywhere in the line, the traceback is shown instead. Ctrl-C ends with exit code 130.
 """
 
 import sys
@@ -36,7 +36,7 @@ def global_options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Options of every command; `main` reads `--debug` itself, since errors pass by this function."""
+    """Options of every command; `main` takes `--debug` out of the line itself, since errors pass by this function."""
 
 
 for module in commands.modules():
@@ -45,9 +45,11 @@ for module in commands.modules():
 
 def main() -> None:
     """Entry point of the console script."""
-    debug = "--debug" in sys.argv[1:2]
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
     try:
-        app()
+        app(args=[word for place, word in enumerate(arguments) if place >= end or word != "--debug"])
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise SystemExit(130) from None

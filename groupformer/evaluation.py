@@ -187,11 +187,8 @@ def evaluate_checkpoint(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .loading import load_checked
+    from .loading import best_device, load_checked
 
-    model = load_checked(AutoModelForCausalLM, source, dtype=dtype)
-    if device is None and torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
-    if device is not None:
-        model.to(device)
+    device = best_device(device)
+    model = load_checked(AutoModelForCausalLM, source, dtype=dtype).to(device)
     return evaluate(model, AutoTokenizer.from_pretrained(tokenizer or source), texts, **options)

@@ -83,3 +83,27 @@ def file_of(source: str | Path, name: str) -> str:
     places = getattr(open_checkpoint(folder), "places", {})
     endings = [stored for stored in places if stored == name or name.endswith(f".{stored}") or stored.endswith(name)]
     return str(places[endings[0]][0]) if endings else str(source)
+
+
+def best_device(wanted: str | None = None) -> str:
+    """The device that was asked for, once it is known to be there; by default the accelerator, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not there.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted is None:
+        return accelerator.type if accelerator else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    count = torch.accelerator.device_count()
+    is_there = device is not None and (
+        device.type == "cpu"
+        or (accelerator is not None and device.type == accelerator.type and (device.index or 0) < count)
+    )
+    if not is_there:
+        kinds = "cpu" if accelerator is None else f"cpu or {accelerator.type} ({count} there)"
+        raise ValueError(f"device ({wanted}) is not there; choose {kinds}")
+    return wanted

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
+
+from groupformer.cli import app
 
 
 def groupformer(*arguments):
@@ -18,6 +21,57 @@ def test_help_lists_the_commands():
     assert done.returncode == 0
     for command in ("demo", "tokenizer", "pretrain", "finetune", "import", "export"):
         assert command in done.stdout
+
+
+def commands(command=None, words=()):
+    """Every command with its words, e.g. ("tokenizer", "train")."""
+    command = command or typer.main.get_command(app)
+    if hasattr(command, "commands"):
+        return [found for name, each in command.commands.items() for found in commands(each, (*words, name))]
+    return [(" ".join(words), command)]
+
+
+@pytest.mark.parametrize("name, command", commands(), ids=[name for name, _ in commands()])
+def test_the_help_of_a_command_has_an_example_that_is_one(name, command):
+    example = command.help.split("Example: ")[1].splitlines()[0].split()
+    assert example[: 1 + len(name.split())] == ["groupformer", *name.split()]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in example if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("option", ["--json", "--device", "--overwrite", "--seed", "--text-column", "--resume"])
+def test_an_option_is_of_one_kind_wherever_it_stands(option):
+    found = [each for _, command in commands() for each in command.params if option in each.opts]
+    assert len(found) > 1
+    assert len({(each.is_flag, each.multiple, each.nargs) for each in found}) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "info", "plan", "tokenizer eval", "pretrain", "finetune", "eval", "uptrain", "bench"]
+)
+def test_what_prints_a_table_prints_json_too(name):
+    assert any("--json" in parameter.opts for parameter in dict(commands())[name].params)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "hub_card", "The"),
+        ("eval", "hub_card", "--file", "README.md"),
+        ("bench", "hub_card"),
+        ("pretrain", "--train-file", "README.md"),
+        ("finetune", "--task", "causal-lm", "--train-file", "README.md"),
+        ("uptrain", "hub_card", "--teacher", "hub_card", "--data", "README.md", "--tokens", "1"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_device_that_is_not_there_is_refused_by_name(arguments, tmp_path):
+    output = ("--output", tmp_path / "out") if arguments[0] in ("pretrain", "finetune", "uptrain") else ()
+    done = groupformer(*arguments, *output, "--device", "tpu")
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert (
+        done.stderr.startswith("error: device (tpu) is not there; choose cpu") and len(done.stderr.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,8 +90,9 @@ def test_an_error_is_one_line_and_exit_code_1(arguments, message):
 
 
 def test_debug_shows_the_traceback():
-    done = groupformer("--debug", "pretrain", "no-such-recipe.yaml")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    for arguments in (("--debug", "pretrain", "no-such-recipe.yaml"), ("pretrain", "no-such-recipe.yaml", "--debug")):
+        done = groupformer(*arguments)
+        assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_a_wrong_option_is_exit_code_2():
@@ -47,7 +102,7 @@ def test_a_wrong_option_is_exit_code_2():
 def test_a_tokenizer_is_measured_as_json(tmp_path):
     (tmp_path / "text.txt").write_text("The river bank is made of clay and gravel.\n" * 3)
     done = groupformer("tokenizer", "eval", tmp_path / "text.txt", "--json")
-    row = json.loads(done.stdout.splitlines()[-1])[str(tmp_path / "text.txt")]
+    row = json.loads(done.stdout)[str(tmp_path / "text.txt")]
     assert row["bytes"] == 129 and row["bytes_per_token"] > 3
 
 

@@ -128,5 +128,5 @@ def test_the_command_evaluates_native_models_and_prints_json(tmp_path, tokenizer
     arguments = ["eval", str(tmp_path / "llama"), "--file", str(tmp_path / "text.txt"), "--stride", "4", "--json"]
     outcome = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert outcome.exit_code == 0, outcome.output
-    results = json.loads(outcome.stdout.strip().splitlines()[-1])
+    results = json.loads(outcome.stdout)
     assert results == pytest.approx(evaluate(llama, tokenizer, TEXTS[:1], stride=4))

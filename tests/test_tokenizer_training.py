@@ -174,6 +174,6 @@ def test_the_commands_train_and_measure(tmp_path):
     options = ["--tokenizer", files["tokenizer"], "--baseline", files["tokenizer"], "--json"]
     done = CliRunner().invoke(app, ["tokenizer", "eval", files["prose.txt"], *options])
     assert done.exit_code == 0, done.output
-    row = json.loads(done.stdout.splitlines()[-1])[files["prose.txt"]]
+    row = json.loads(done.stdout)[files["prose.txt"]]
     assert row["bytes"] == len(PROSE[0])
     assert row["ratio_to_baseline"] == 1

@@ -134,6 +134,6 @@ def test_the_command_prints_the_curve_as_json(folders, tmp_path):
     arguments += ["--data", str(folders / "text.txt"), "--tokens", "64", "--row-length", "16", "--batch-size", "2"]
     outcome = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out"), "--json"])
     assert outcome.exit_code == 0, outcome.output
-    results = json.loads(outcome.stdout.strip().splitlines()[-1])
+    results = json.loads(outcome.stdout)
     assert results["tokens"] == 64
     assert len(results["curve"]) == 3

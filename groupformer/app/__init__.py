@@ -80,11 +80,18 @@ def build(source: str | Path | Session | None = None) -> gr.Blocks:
 
 
 def launch(
-    source: str | Path | None = None, *, host: str = "127.0.0.1", port: int | None = None, **options: Any
+    source: str | Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    device: str | None = None,
+    **options: Any,
 ) -> None:
     """Builds the page and serves it until it is stopped."""
     theme = gr.themes.Default(**FONTS)
-    build(source).queue().launch(server_name=host, server_port=port, theme=theme, footer_links=[], **options)
+    build(Session.load(source, device)).queue().launch(
+        server_name=host, server_port=port, theme=theme, footer_links=[], **options
+    )
 
 
 def describe(session: Session) -> str:

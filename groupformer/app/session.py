@@ -14,6 +14,7 @@ import groupformer
 
 from ..configuration_groupformer import divisors
 from ..evaluation import evaluate
+from ..loading import best_device
 from ..model_card import cache_bytes_per_token
 from ..speed import measure
 
@@ -50,16 +51,20 @@ class Session:
     regrouped: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, source: str | Path | None = None) -> "Session":
+    def load(cls, source: str | Path | None = None, device: str | None = None) -> "Session":
         """The model of a folder or Hub id; by default the checkpoint that ships, or a small fresh model.
+
+        On the device that is named, by default the best there is.
 
         Raises:
             ValueError: a damaged checkpoint, or a model that is no causal GroupFormer.
         """
         from ..demo import load, shipped_checkpoint
 
+        device = best_device(device)
         chosen = source or shipped_checkpoint()
         model, tokenizer = load(chosen)
+        model.to(device)
         if not isinstance(model, groupformer.GroupFormerForCausalLM):
             raise ValueError(f"{chosen} is a {type(model).__name__}; import it first: groupformer import {chosen} DST")
         if not model.config.is_causal:
@@ -147,7 +152,7 @@ class Session:
         count = max(legal for legal in self.legal_counts() if legal <= max(1, int(wanted)))
         if count not in self.regrouped:
             ids = self.tokenizer(self.sample[0], return_tensors="pt").input_ids
-            ids = ids[:, : self.model.config.max_position_embeddings]
+            ids = ids[:, : self.model.config.max_position_embeddings].to(self.model.device)
             self.regrouped[count] = groupformer.regroup(self.model, count, grouping="similar", calibration=ids)
         return count, self.regrouped[count]
 

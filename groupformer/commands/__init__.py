@@ -5,11 +5,27 @@ transformers, datasets) inside their functions, so that `groupformer --help` ans
 """
 
 import importlib
-import pkgutil
 from types import ModuleType
 
 
+# In the order in which the help lists their commands.
+TOPICS = (
+    "demo",
+    "info",
+    "plan",
+    "tokenizer",
+    "pretraining",
+    "finetuning",
+    "evaluation",
+    "bridge",
+    "regrouping",
+    "generate",
+    "bench",
+    "push",
+    "app",
+)
+
+
 def modules() -> list[ModuleType]:
-    """All command modules, in alphabetical order of their names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [importlib.import_module(f"{__name__}.{name}") for name in names]
+    """All command modules, in the order of the help."""
+    return [importlib.import_module(f"{__name__}.{topic}") for topic in TOPICS]

@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
+from .shared import RUN, Device
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("app")(app_command)
+    app.command("app", rich_help_panel=RUN)(app_command)
 
 
 def app_command(
@@ -16,6 +18,7 @@ def app_command(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in the browser.")] = False,
+    device: Device = None,
 ) -> None:
     """Serve a page that generates, regroups the model live, shows where its heads look, and plans its cache.
 
@@ -28,4 +31,4 @@ def app_command(
         raise ValueError(f"the app needs {error.name}; install it with: pip install 'groupformer[app]'") from error
     from ..app import launch
 
-    launch(source, host=host, port=port, inbrowser=browser)
+    launch(source, host=host, port=port, inbrowser=browser, device=device)

@@ -1,15 +1,14 @@
 """`groupformer bench`: how fast checkpoints generate here, one beside the other."""
 
-import json
 from typing import Annotated, Any
 
 import typer
 
-from .generate import best_device
+from .shared import RUN, AsJson, Device, Dtype, DtypeOption, counting_bar, print_json
 
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("bench")(bench_command)
+    app.command("bench", rich_help_panel=RUN)(bench_command)
 
 
 def bench_command(
@@ -20,48 +19,44 @@ def bench_command(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="How often to time each; medians are shown.")] = 3,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: the best there is.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompt.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time prefill and decoding of one or more checkpoints in turn, and weigh their caches.
 
     Example: groupformer bench big small --context 2048
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype ({dtype}) is unknown; choose auto, float32, bfloat16 or float16")
-    from rich.console import Console
-    from rich.progress import Progress
     from transformers import AutoModelForCausalLM, set_seed
     from transformers.utils import logging
 
     import groupformer  # noqa: F401  registers the architecture
 
     from .. import speed
-    from ..loading import load_checked
+    from ..loading import best_device, load_checked
     from ..tables import print_table
 
+    device = best_device(device)
     logging.disable_progress_bar()
     models: dict[str, Any] = {}
     for path in source:
-        models[path] = load_checked(AutoModelForCausalLM, path, dtype=dtype).to(device or best_device())
+        models[path] = load_checked(AutoModelForCausalLM, path, dtype=dtype.value).to(device)
         limit = getattr(models[path].config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and context + new_tokens > limit:
             raise ValueError(f"context + new_tokens ({context + new_tokens}) exceeds the {limit} positions of {path}")
     set_seed(seed)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("timing", total=len(models) * (rounds + 1))
+    with counting_bar("timing", len(models) * (rounds + 1), "rounds") as advance:
         rows = speed.measure(
             models,
             context=context,
             batch=batch,
             new_tokens=new_tokens,
             rounds=rounds,
-            on_round=lambda: bar.advance(task),
+            on_round=lambda: advance(1),
         )
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     columns = ["model", "prefill tokens/s", "decode tokens/s", "ms/step", "cache bytes", "ratio"]
     cells = [

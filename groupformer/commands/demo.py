@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from .shared import LOOK, AsJson, print_json, stdout_for_results
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command()(demo)
+    app.command(rich_help_panel=LOOK)(demo)
 
 
 def demo(
@@ -18,11 +20,18 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier --output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Adapt a model to a short text, save it, load it again in a fresh process, and compare."""
+    """Adapt a model to a short text, save it, load it again in a fresh process, and compare.
+
+    Example: groupformer demo --steps 30 --output runs/river
+    """
     folder = output or Path("runs/demo")
     if output is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--output ({folder}) is not empty; choose another folder, or pass --overwrite")
     from ..demo import run
 
-    run(model, folder, steps, seed)
+    with stdout_for_results(as_json):
+        results = run(model, folder, steps, seed)
+    if as_json:
+        print_json(results)

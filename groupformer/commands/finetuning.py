@@ -1,23 +1,33 @@
 """`groupformer finetune`."""
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .shared import (
+    TRAIN,
+    AsJson,
+    Output,
+    Overwrite,
+    Resume,
+    Tokenizer,
+    TrainingDevice,
+    TrainingDtype,
+    TrainingDtypeOption,
+    print_json,
+    stdout_for_results,
+)
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command()(finetune)
+    app.command(rich_help_panel=TRAIN)(finetune)
 
 
 def finetune(
     task: Annotated[str, typer.Option(help="sequence-classification, token-classification or causal-lm.")],
-    output: Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")] = Path(
-        "runs/finetune"
-    ),
+    output: Output = Path("runs/finetune"),
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")
     ] = None,
@@ -26,7 +36,7 @@ def finetune(
     dataset: Annotated[str | None, typer.Option(help="Instead of files, a dataset on the Hub.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: a fresh model.")] = None,
     config: Annotated[str, typer.Option(help="Fields of a fresh model, as JSON.")] = "{}",
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the model's.")] = None,
+    tokenizer: Tokenizer = None,
     text_column: Annotated[str | None, typer.Option(help="Default: text, or tokens.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Default: label, or tags.")] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Let tokens see what follows.")] = False,
@@ -37,10 +47,12 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per device in one step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-4, with LoRA 1e-3.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts to so many tokens.")] = None,
+    dtype: TrainingDtypeOption = TrainingDtype.auto,
+    device: TrainingDevice = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model, or train a fresh one, on labelled data or text.
 
@@ -67,13 +79,14 @@ def finetune(
         batch_size=batch_size,
         learning_rate=learning_rate,
         max_length=max_length,
+        bf16=dtype.as_bf16(),
+        device=device,
         seed=seed,
     )
-    # Trainer prints what it logs; with --json, stdout holds the results alone.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with stdout_for_results(as_json):
         results = finetuning.finetune(recipe, output, resume=resume, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps(results))
+        print_json(results)
         return
     from ..tables import print_table
 

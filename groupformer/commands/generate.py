@@ -5,21 +5,25 @@ from typing import Annotated, Any
 
 import typer
 
+from .shared import RUN, Device, Dtype, DtypeOption
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("generate")(generate_command)
+    app.command("generate", rich_help_panel=RUN)(generate_command)
 
 
 def generate_command(
     source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A causal language model with its tokenizer.")],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from standard input.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: the best there is.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
 ) -> None:
     """Stream a continuation of a prompt.
 
@@ -28,8 +32,6 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("prompt is empty; give some text to go on from")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype ({dtype}) is unknown; choose auto, float32, bfloat16 or float16")
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
@@ -37,14 +39,14 @@ def generate_command(
 
     import groupformer  # noqa: F401  registers the architecture
 
-    from ..loading import load_checked
+    from ..loading import best_device, load_checked
 
+    device = best_device(device)
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {source} has no chat template; leave --chat out")
-    model = load_checked(AutoModelForCausalLM, source, dtype=dtype)
-    model.to(device or best_device())
+    model = load_checked(AutoModelForCausalLM, source, dtype=dtype.value).to(device)
     if chat:
         messages = [{"role": "user", "content": text}]
         inputs = tokenizer.apply_chat_template(
@@ -63,11 +65,3 @@ def generate_command(
             streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
             **sampling,
         )
-
-
-def best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,21 +1,22 @@
 """`groupformer info`: which query heads share which KV head, and what a checkpoint is made of."""
 
-import json
 from typing import Annotated, Any
 
 import typer
+
+from .shared import LOOK, AsJson, print_json
 
 
 SHARING = {True: "multi-head: nothing is shared", False: "grouped-query"}
 
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("info")(info_command)
+    app.command("info", rich_help_panel=LOOK)(info_command)
 
 
 def info_command(
     source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A checkpoint; only its config is read.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a picture.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw which query heads share which KV head, layer by layer, and count parameters and cache.
 
@@ -29,7 +30,7 @@ def info_command(
     caches = planning.layer_caches(config)
     facts = describe(config, caches, planning.parameter_counts(config)[0])
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     console = Console(highlight=False)
     for name, value in facts.items():

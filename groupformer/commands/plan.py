@@ -1,15 +1,16 @@
 """`groupformer plan`: what a checkpoint's KV cache costs, at each number of KV heads."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .shared import LOOK, AsJson, print_json
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("plan")(plan_command)
+    app.command("plan", rich_help_panel=LOOK)(plan_command)
 
 
 def plan_command(
@@ -26,7 +27,7 @@ def plan_command(
         str | None, typer.Option(help="Of the cache. Default: as the weights, at least 16 bits.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, PDF, SVG).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What the KV cache of any transformers decoder costs, and would cost with other numbers of KV heads.
 
@@ -53,7 +54,7 @@ def plan_command(
     if plot is not None:
         planning.draw(plans, title, plot)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(each) for each in plans], indent=2))
+        print_json([dataclasses.asdict(each) for each in plans])
         return
     columns = ["KV heads", "bytes/token", "weights GB", "cache GB", "of now", "sequences", "tokens/s <="]
     rows = [

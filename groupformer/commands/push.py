@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from .shared import RUN
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("push")(push_command)
+    app.command("push", rich_help_panel=RUN)(push_command)
 
 
 def push_command(

@@ -1,17 +1,18 @@
 """`groupformer tokenizer train` and `groupformer tokenizer eval`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .shared import TRAIN, AsJson, Overwrite, TextColumn, print_json
 
 
 tokenizer_app = typer.Typer(help="Train a tokenizer, or measure one.", no_args_is_help=True)
 
 
 def add_commands(app: typer.Typer) -> None:
-    app.add_typer(tokenizer_app, name="tokenizer")
+    app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=TRAIN)
 
 
 @tokenizer_app.command()
@@ -20,8 +21,8 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder to save the tokenizer to.")],
     code: Annotated[list[str] | None, typer.Option(help="Files of source code, likewise.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 16384,
-    text_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+    text_column: TextColumn = "text",
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer; on the textbooks and code sets, this gives the one that ships.
 
@@ -41,11 +42,11 @@ def train(
 
 @tokenizer_app.command("eval")
 def evaluate(
-    file: Annotated[list[str], typer.Argument(help="Files of text; each is one row of the table.")],
+    file: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of text; each is one row of the table.")],
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the one that ships.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Another tokenizer, to show the ratio to it.")] = None,
-    text_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    text_column: TextColumn = "text",
+    as_json: AsJson = False,
 ) -> None:
     """Measure how many bytes of a text a token holds; more is better.
 
@@ -64,7 +65,7 @@ def evaluate(
         for name, row in evaluate_tokenizer(AutoTokenizer.from_pretrained(baseline), texts).items():
             rows[name]["ratio_to_baseline"] = rows[name]["bytes_per_token"] / row["bytes_per_token"]
     if as_json:
-        typer.echo(json.dumps(rows))
+        print_json(rows)
         return
     from ..tables import print_table
 

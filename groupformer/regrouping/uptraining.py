@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from ..loading import load_checked
 from ..training.data import expand, load_files, tokenize_and_pack
 from ..training.pretraining import PackedTrainer, bytes_per_token, packed_collator
+from ..training.recipes import hardware_arguments
 from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output
 
 
@@ -51,6 +52,7 @@ class UptrainRecipe:
         warmup_ratio, weight_decay: Of AdamW with betas 0.9 and 0.95, gradients clipped at norm 1.
         evaluations: How often to evaluate, and to save, on the way.
         bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        device: "cpu", or the kind of accelerator that is there. `None`: the best there is.
         seed: Of data order and adapters.
     """
 
@@ -74,9 +76,11 @@ class UptrainRecipe:
     weight_decay: float = 0.1
     evaluations: int = 10
     bf16: bool | None = None
+    device: str | None = None
     seed: int = 0
 
     def __post_init__(self):
+        hardware_arguments(self.device, self.bf16)
         counts = ("tokens", "row_length", "batch_size", "gradient_accumulation_steps", "lora_rank", "evaluations")
         for name in counts:
             if getattr(self, name) < 1:
@@ -236,7 +240,6 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
 
 def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> TrainingArguments:
     """The recipe in Trainer's words."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     every = max(1, recipe.steps // recipe.evaluations)
     return TrainingArguments(
         output_dir=str(output),
@@ -257,8 +260,7 @@ def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> Tr
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, every // 5),
-        bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
-        use_cpu=not torch.accelerator.is_available(),
+        **hardware_arguments(recipe.device, recipe.bf16),
         prediction_loss_only=True,
         report_to=[],
         seed=recipe.seed,

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 
-BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+DOCUMENTS = {"sample_by": "document"}  # a text file is one row
+BUILDERS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
 TEXT_TYPES = ("string", "large_string")
 
 
@@ -29,7 +38,7 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
         if path.stat().st_size == 0:
             raise ValueError(f"file ({path}) is empty; give one with at least one row")
     kind = kinds.pop()
-    options: dict[str, Any] = {"sample_by": "document"} if kind == ".txt" else {"sep": "\t"} if kind == ".tsv" else {}
+    options: dict[str, Any] = {".tsv": {"sep": "\t"}, ".txt": DOCUMENTS, ".md": DOCUMENTS}.get(kind, {})
     from datasets.exceptions import DatasetGenerationError
 
     try:

@@ -13,7 +13,7 @@ from .. import GroupFormerConfig, GroupFormerTokenizer
 from ..loading import load_checked
 from .data import expand, load_files, require_column
 from .pretraining import packed_collator
-from .recipes import check_model_fields, check_recipe, check_source, pick_train
+from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
 from .run import LengthGroupedTrainer, SaveOnInterrupt, last_checkpoint, prepare_output
 from .tasks import TASKS
 
@@ -46,6 +46,7 @@ class FinetuneRecipe:
             with LoRA and to 3e-4 without.
         max_length: Cut texts to so many tokens; by default they stay whole. Of causal-lm, the length of packed rows.
         bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        device: "cpu", or the kind of accelerator that is there. `None`: the best there is.
         seed: Of initialisation, data order and dropout.
     """
 
@@ -70,6 +71,7 @@ class FinetuneRecipe:
     warmup_ratio: float = 0.05
     max_length: int | None = None
     bf16: bool | None = None
+    device: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -88,6 +90,7 @@ class FinetuneRecipe:
         if self.model is not None and self.config:
             raise ValueError("config is for fresh models, but model is given; leave one of the two out")
         check_recipe(self, RANGES)
+        hardware_arguments(self.device, self.bf16)
         for name in ("epochs", "learning_rate"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} (0.0) must be above 0, or nothing is learnt")
@@ -186,7 +189,6 @@ def add_lora(model: Any, recipe: FinetuneRecipe, task: Any) -> Any:
 
 def training_arguments(recipe: FinetuneRecipe, task: Any, output: Path, steps: int) -> TrainingArguments:
     """The recipe in Trainer's words: evaluated and saved each epoch, the best checkpoint kept."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=recipe.epochs,
@@ -204,8 +206,7 @@ def training_arguments(recipe: FinetuneRecipe, task: Any, output: Path, steps: i
         greater_is_better=task.greater_is_better,
         logging_steps=max(1, steps // 20),
         prediction_loss_only=recipe.task == "causal-lm",
-        bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
-        use_cpu=not torch.accelerator.is_available(),
+        **hardware_arguments(recipe.device, recipe.bf16),
         report_to=[],
         seed=recipe.seed,
         data_seed=recipe.seed,

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
 from .data import collate_flat, expand, load_files, tokenize_and_pack
-from .recipes import check_model_fields, check_recipe, check_source, pick_train
+from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
 
 
@@ -48,6 +47,7 @@ class PretrainRecipe:
         learning_rate, warmup_ratio, weight_decay: Of AdamW with betas 0.9 and 0.95, gradients clipped at norm 1.
         eval_steps, save_steps, logging_steps: How often, in optimizer steps.
         bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        device: "cpu", or the kind of accelerator that is there. `None`: the best there is.
         seed: Of initialisation and data order.
     """
 
@@ -69,10 +69,12 @@ class PretrainRecipe:
     save_steps: int = 200
     logging_steps: int = 10
     bf16: bool | None = None
+    device: str | None = None
     seed: int = 0
 
     def __post_init__(self):
         check_recipe(self, RANGES)
+        hardware_arguments(self.device, self.bf16)
         check_model_fields(self.model)
         check_source("tokenizer", self.tokenizer)
         if self.learning_rate == 0:
@@ -183,7 +185,6 @@ def packed_collator(model: Any) -> Callable:
 
 def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) -> TrainingArguments:
     """The recipe in Trainer's words."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.max_steps,
@@ -202,8 +203,7 @@ def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) ->
         save_steps=recipe.save_steps,
         save_total_limit=2,
         logging_steps=recipe.logging_steps,
-        bf16=has_bf16 if recipe.bf16 is None else recipe.bf16,
-        use_cpu=not torch.accelerator.is_available(),
+        **hardware_arguments(recipe.device, recipe.bf16),
         prediction_loss_only=True,
         report_to=[],
         seed=recipe.seed,

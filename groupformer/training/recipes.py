@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import GroupFormerConfig
+from ..loading import best_device
 
 
 # Model fields that are no fields of the config: Auto classes take them as well.
@@ -29,6 +32,19 @@ def check_recipe(recipe: Any, ranges: Mapping[str, tuple[float, float]]) -> None
         if value is not None and not lowest <= value <= highest:
             allowed = f"at least {lowest:g}" if highest == float("inf") else f"between {lowest:g} and {highest:g}"
             raise ValueError(f"{name} ({value}) must be {allowed}")
+
+
+def hardware_arguments(device: str | None, bf16: bool | None) -> dict[str, Any]:
+    """A recipe's `device` and `bf16` in the words of `TrainingArguments`.
+
+    Raises:
+        ValueError: a device that is not there, or one of several: accelerate takes the visible ones.
+    """
+    if device is not None and ":" in device:
+        raise ValueError(f"device ({device}) must be a kind, e.g. cuda; CUDA_VISIBLE_DEVICES chooses among several")
+    chosen = best_device(device)
+    has_bf16 = chosen == "cuda" and torch.cuda.is_bf16_supported()
+    return {"bf16": has_bf16 if bf16 is None else bf16, "use_cpu": chosen == "cpu"}
 
 
 def _as_declared(name: str, value: Any, declared: Any) -> Any:

@@ -1,23 +1,33 @@
-"""`groupformer regroup`, `groupformer uptrain` and `groupformer eval`: fewer key-value heads, and what they cost."""
+"""`groupformer regroup` and `groupformer uptrain`: fewer key-value heads, and what they lost won back."""
 
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .bridge import Overwrite, ShardSize, Source, Target, progress_bar
-
-
-TextColumn = Annotated[str, typer.Option(help="The column with the text.")]
+from .shared import (
+    CONVERT,
+    AsJson,
+    Output,
+    Overwrite,
+    ReplaceTarget,
+    Resume,
+    ShardSize,
+    Source,
+    Target,
+    TextColumn,
+    TrainingDevice,
+    TrainingDtype,
+    TrainingDtypeOption,
+    bytes_bar,
+    print_json,
+    stdout_for_results,
+)
 
 
 def add_commands(app: typer.Typer) -> None:
-    app.command("regroup")(regroup_command)
-    app.command()(uptrain)
-    app.command("eval")(eval_command)
+    app.command("regroup", rich_help_panel=CONVERT)(regroup_command)
+    app.command(rich_help_panel=CONVERT)(uptrain)
 
 
 def regroup_command(
@@ -35,7 +45,7 @@ def regroup_command(
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read.")] = 16384,
     text_column: TextColumn = "text",
     seed: Annotated[int, typer.Option(help="Seed of the method random.")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: ReplaceTarget = False,
     max_shard_size: ShardSize = 5.0,
 ) -> None:
     """Give a GroupFormer checkpoint fewer key-value heads: multi-head becomes grouped- or multi-query.
@@ -46,7 +56,7 @@ def regroup_command(
     """
     from ..regrouping.streaming import regroup_folder
 
-    with progress_bar("regrouping") as progress:
+    with bytes_bar("regrouping") as progress:
         config = regroup_folder(
             source,
             target,
@@ -92,7 +102,7 @@ def uptrain(
     data: Annotated[list[str], typer.Option(help="Text to train on: files, patterns; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; 5 % of pre-training is a good start.")],
     teacher: Annotated[str | None, typer.Option(help="The original: folder or Hub id.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")] = Path("runs/uptrain"),
+    output: Output = Path("runs/uptrain"),
     validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a 20th of the rows.")] = None,
     kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the text's own cross-entropy.")] = 0.1,
@@ -104,10 +114,12 @@ def uptrain(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per device in one forward pass.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-4, with LoRA 1e-3.")] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="How often to evaluate and save on the way.")] = 10,
+    dtype: TrainingDtypeOption = TrainingDtype.auto,
+    device: TrainingDevice = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Win back what a merge lost: train a regrouped model on text, distilling from the original.
 
@@ -131,54 +143,16 @@ def uptrain(
         batch_size=batch_size,
         learning_rate=learning_rate,
         evaluations=evaluations,
+        bf16=dtype.as_bf16(),
+        device=device,
         seed=seed,
     )
-    # Trainer prints what it logs; with --json, stdout holds the results alone.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with stdout_for_results(as_json):
         results = uptraining.uptrain(recipe, output, resume=resume, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps(results))
+        print_json(results)
         return
     from ..tables import print_table
 
     curve = [list(point.values()) for point in results["curve"]]
     print_table(f"Uptraining, saved to {output}", ["tokens", "validation loss", "bits per byte"], curve)
-
-
-def eval_command(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of any causal language model.")],
-    file: Annotated[list[str], typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")],
-    text_column: TextColumn = "text",
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the model's.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once. Default: 1024, or all positions.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens the window moves on. Default: half a window.")] = None,
-    max_documents: Annotated[int | None, typer.Option(min=1, help="Score the first so many documents.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 4,
-    device: Annotated[str | None, typer.Option(help="Default: the accelerator, if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 …; auto keeps the checkpoint's.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-) -> None:
-    """Measure bits per byte and perplexity on held-out text, with sliding windows.
-
-    Example: groupformer eval runs/reference --file 'books/test-*.parquet'
-    """
-    from ..evaluation import evaluate_checkpoint
-    from ..training.data import read_column
-
-    texts = read_column(file, text_column)[:max_documents]
-    results = evaluate_checkpoint(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-    )
-    if as_json:
-        typer.echo(json.dumps(results))
-        return
-    from ..tables import print_table
-
-    print_table(f"{model} on {', '.join(file)}", ["figure", "value"], [list(item) for item in results.items()])

@@ -1,23 +1,33 @@
 """`groupformer pretrain`."""
 
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .shared import (
+    TRAIN,
+    AsJson,
+    Output,
+    Overwrite,
+    Resume,
+    TrainingDevice,
+    TrainingDtype,
+    TrainingDtypeOption,
+    print_json,
+    stdout_for_results,
+)
+
 
 def add_commands(app: typer.Typer) -> None:
-    app.command()(pretrain)
+    app.command(rich_help_panel=TRAIN)(pretrain)
 
 
 def pretrain(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML, as in recipes/.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")] = Path(
-        "runs/pretrain"
-    ),
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe in YAML, as in recipes/.")
+    ] = None,
+    output: Output = Path("runs/pretrain"),
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")
     ] = None,
@@ -29,10 +39,12 @@ def pretrain(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per device in one forward pass.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cosine.")] = None,
+    dtype: TrainingDtypeOption = TrainingDtype.auto,
+    device: TrainingDevice = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a fresh GroupFormer from scratch, by one recipe.
 
@@ -51,13 +63,14 @@ def pretrain(
         max_steps=max_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        bf16=dtype.as_bf16(),
+        device=device,
         seed=seed,
     )
-    # Trainer prints what it logs; with --json, stdout holds the results alone.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with stdout_for_results(as_json):
         results = pretraining.pretrain(plan, output, resume=resume, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps(results))
+        print_json(results)
         return
     from ..tables import print_table
 

@@ -1,0 +1,107 @@
+"""What the commands share: options that mean the same everywhere, bars that show progress, and results as JSON."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+LOOK, TRAIN, CONVERT, RUN = "Look", "Train and measure", "Convert and regroup", "Run and share"
+
+
+class Dtype(str, Enum):
+    """What a loaded model computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class TrainingDtype(str, Enum):
+    """What training computes in; weights and optimizer stay in float32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    def as_bf16(self) -> bool | None:
+        """The recipes' field `bf16`."""
+        return None if self is TrainingDtype.auto else self is TrainingDtype.bfloat16
+
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="What to write; it appears when it is whole.")]
+ReplaceTarget = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
+ShardSize = Annotated[float, typer.Option(min=0.001, help="Largest file of weights to write, in GB (1e9 bytes).")]
+
+Output = Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")]
+TextColumn = Annotated[str, typer.Option(help="The column with the text.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the model's.")]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto keeps the checkpoint's.")]
+TrainingDtypeOption = Annotated[
+    TrainingDtype, typer.Option(help="bfloat16 is autocast. auto: bfloat16 on a GPU that has it, else float32.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: the best there is.")]
+TrainingDevice = Annotated[
+    str | None, typer.Option(help="cpu, or the kind of accelerator there is. Default: the best there is.")
+]
+
+
+def print_json(results: Any) -> None:
+    typer.echo(json.dumps(results, indent=2))
+
+
+@contextmanager
+def stdout_for_results(as_json: bool) -> Iterator[None]:
+    """Trainer prints what it logs; with `--json`, stdout holds the results alone."""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+@contextmanager
+def bytes_bar(verb: str) -> Iterator[Any]:
+    """A bar on stderr of shards and bytes, with rate and remaining time; gives the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(verb, total=None)
+
+        def advance(shard: int, shards: int, written: int, total: int) -> None:
+            bar.update(task, description=f"{verb} shard {shard}/{shards}", total=total, advance=written)
+
+        yield advance
+
+
+@contextmanager
+def counting_bar(verb: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr of things done, with rate and remaining time; gives the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> str:
+            return f"{task.speed:,.1f} {unit}/s" if task.speed else ""
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=total)
+        yield lambda count: bar.advance(task, count)
