@@ -1,11 +1,14 @@
-"""What the documentation site needs beyond MkDocs: links that leave docs/, and code that is quoted from the source.
+"""What the documentation site needs beyond MkDocs: links that leave docs/, quoted code, and notebooks.
 
 The pages are written for two readers, of the repository and of the site. In the repository a page may link to any
 file; on the site such a file becomes a page below repository/. A comment `<!-- source: module.name -->` is invisible
 in the repository; on the site the function's or class's code stands in its place, as it is now, without its docstring.
+A notebook lies in the repository without outputs; the site runs it when it is built, and shows what came out.
 """
 
 import ast
+import base64
+import functools
 import os
 import re
 import textwrap
@@ -27,7 +30,7 @@ def repository_path(src_uri: str) -> str:
 def site_path(path: str) -> str:
     """Where a file of the repository lies on the site: code on a page, a folder as its README, a picture as it is."""
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return path.removeprefix("docs/") + (".md" if path.endswith(".ipynb") else "")
     if (ROOT / path).is_dir():
         path += "/README.md"
     return f"repository/{path}" if path.endswith((".md", *PICTURES)) else f"repository/{path}.md"
@@ -90,10 +93,49 @@ def names_of(node: ast.AST) -> set[str]:
     return {getattr(node, "name", "")}
 
 
+@functools.lru_cache
+def executed(text: str, folder: Path) -> dict[str, Any]:
+    """A notebook with its outputs, run from top to bottom in a kernel of its own that starts in `folder`.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.reads(text, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by their names; what went to stderr is left out."""
+    parts, pictures = [], {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            picture = output.get("data", {}).get("image/png")
+            if picture:
+                path = f"{name}-{len(pictures) + 1}.png"
+                pictures[path] = base64.b64decode(picture)
+                parts.append(f"![What the cell draws]({path})")
+            elif output.get("name") != "stderr":
+                shown = output.get("text") or output["data"]["text/plain"]
+                parts.append(f"```text\n{''.join(shown).rstrip()}\n```")
+    title, *rest = "\n\n".join(parts).split("\n", 1)
+    return "\n".join([title, "", f"[Download this notebook]({name}.ipynb)", *rest]), pictures
+
+
 def on_files(files: Any, config: Any) -> Any:
-    """Adds a page for each file outside docs/ that a page links to."""
+    """Adds a page for each notebook, and for each file outside docs/ that a page links to."""
     from mkdocs.structure.files import File, InclusionLevel
 
+    for path in sorted((ROOT / "docs").glob("*.ipynb")):
+        content, pictures = notebook_page(executed(path.read_text(encoding="utf-8"), ROOT), path.stem)
+        files.append(File.generated(config, f"{path.name}.md", content=content))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, name, content=picture))
     waiting = list(files.documentation_pages())
     while waiting:
         page = waiting.pop()

@@ -45,6 +45,39 @@ def test_every_block_of_a_page_runs(page, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+TOUR = DOCS / "tour.ipynb"
+
+
+def test_the_tour_has_eight_cells_and_keeps_no_outputs():
+    cells = [cell for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 8
+    assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"] or not cell["source"]]
+
+
+@pytest.mark.slow
+def test_the_tour_runs_and_its_page_shows_what_came_out(tmp_path):
+    pytest.importorskip("nbclient", reason="a notebook needs nbclient: make test-docs")
+    for name in ("groupformer", "hub_card"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    notebook = hooks.executed(TOUR.read_text(encoding="utf-8"), tmp_path)
+    assert all(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    page, pictures = hooks.notebook_page(notebook, "tour")
+    assert page.startswith("# A tour") and "query heads | 0 1 2 3 | 4 5 6 7 |" in page
+    assert [name in page for name in pictures] == [True, True] and min(map(len, pictures.values())) > 10_000
+    assert not [path for path in (str(ROOT), str(tmp_path), str(Path.home())) if path in page]
+
+
+def test_the_page_of_a_notebook_leaves_stderr_out():
+    outputs = [{"name": name, "text": f"to {name}\n"} for name in ("stdout", "stderr")]
+    cells = [
+        {"cell_type": "markdown", "source": "# Title"},
+        {"cell_type": "code", "source": "x", "outputs": outputs},
+    ]
+    page, pictures = hooks.notebook_page({"cells": cells}, "some")
+    assert page.splitlines()[0] == "# Title" and "(some.ipynb)" in page and not pictures
+    assert "```text\nto stdout\n```" in page and "to stderr" not in page
+
+
 def test_every_public_name_is_in_the_reference():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     public = set(groupformer.__all__) - {"__version__"}
@@ -82,6 +115,7 @@ def test_a_quotation_of_nothing_is_refused():
         ("guides/push.md", "(../../groupformer/cli.py)", "(../repository/groupformer/cli.py.md)"),
         ("guides/push.md", "(../hub.md#safety)", "(../hub.md#safety)"),
         ("repository/CONTRIBUTING.md", "(docs/families.md#gguf)", "(../families.md#gguf)"),
+        ("architecture.md", "(tour.ipynb)", "(tour.ipynb.md)"),
         ("hub.md", "(nowhere.md)", "(nowhere.md)"),
     ],
 )
