@@ -23,8 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as t
 def mkl_is_slow() -> bool:
     """Whether MKL, which torch multiplies float32 matrices with on x86, runs on another maker's CPU than Intel's.
 
-    It does not take its fast paths there. oneDNN, which torch brings as well, does: on an AMD EPYC it multiplies a row
-    by a matrix about 1.5 times as fast, and 512 rows 1.15 times (benchmarks/speed.py).
+    It does not take its fast paths there, and reads a matrix for a single row on one thread only. oneDNN, which torch
+    brings as well, does: on an AMD EPYC it multiplies 512 rows 1.15 times as fast (docs/benchmarks.md).
     """
     if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
@@ -50,7 +50,7 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`, at float32 inference by oneDNN where that is faster than MKL.
+    """`linear(hidden_states)`, at float32 inference by what is faster than MKL: bands for few rows, oneDNN for more.
 
     `torch.backends.mkldnn.flags(enabled=False)` turns it off, for those who compare with other models bit by bit.
     """
@@ -67,8 +67,29 @@ def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0  # flop counters and fake tensors want to see the plain product
     ):
+        rows, bands = hidden_states.numel() // hidden_states.shape[-1], 2 * torch.get_num_threads()
+        if 0 < rows <= FEW_ROWS and linear.weight.shape[0] % bands == 0 and linear.weight.is_contiguous():
+            return product_in_bands(hidden_states, linear.weight, linear.bias, rows, bands)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, linear.weight, linear.bias, "none", [], "")
     return linear(hidden_states)
+
+
+FEW_ROWS = 8  # below, reading the weight takes longer than multiplying by it
+
+
+def product_in_bands(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, bands: int
+) -> torch.Tensor:
+    """A product of few rows as a batch of products, one with each band of the weight's rows.
+
+    Threads take bands, so that all of them read the weight: that of a small model then comes from memory 1.2 to 1.8
+    times as fast as by oneDNN, which splits small matrices badly.
+    """
+    outputs, inputs = weight.shape
+    banded = weight.view(bands, outputs // bands, inputs).transpose(1, 2)
+    product = torch.bmm(hidden_states.reshape(1, rows, inputs).expand(bands, rows, inputs), banded)
+    product = product.transpose(0, 1).reshape(*hidden_states.shape[:-1], outputs)
+    return product if bias is None else product.add_(bias)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

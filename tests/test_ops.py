@@ -163,13 +163,21 @@ def onednn(monkeypatch):
     monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", True)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (0, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (3,), (2, 5), (0, 3)])
+@pytest.mark.parametrize("outputs", [48, 47])
 @pytest.mark.parametrize("bias", [True, False])
-def test_onednn_gives_the_product(onednn, shape, bias):
-    linear, hidden = nn.Linear(64, 48, bias=bias), torch.randn(*shape, 64)
+def test_faster_products_give_the_product(onednn, shape, outputs, bias):
+    linear, hidden = nn.Linear(64, outputs, bias=bias), torch.randn(*shape, 64)
     with torch.no_grad():
         exact = hidden.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
         torch.testing.assert_close(project(linear, hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_is_a_transposed_view_is_not_cut_into_bands(onednn):
+    linear, hidden = nn.Linear(64, 48), torch.randn(1, 1, 64)
+    linear.weight.data = torch.randn(64, 48).t()
+    with torch.no_grad():
+        torch.testing.assert_close(project(linear, hidden), linear(hidden), rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_adapters_and_gradients_go_the_plain_way(onednn):
