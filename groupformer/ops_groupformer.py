@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def mkl_is_slow() -> bool:
 PREFERS_ONEDNN = mkl_is_slow()
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is `nn.Linear` and nothing more: no adapter, quantized weight, hook or changed `forward`."""
     return (
         type(linear) is nn.Linear
