@@ -83,12 +83,17 @@ def test_the_view_shows_the_models_own_probabilities(session):
 
 
 def test_every_head_stands_in_the_box_of_its_kv_head(session):
-    _, small = session.with_kv_heads(2)
-    attention = Session(small, session.tokenizer, "small").attend("a river")
-    page = attention_html(attention, 1)
+    page = attention_html(session.attend("a river", kv_heads=2), 1)
     assert page.count('class="gf-group"') == 2 * 2  # layers, KV heads
-    assert page.count("KV head 1, read by 2 query heads") == 2
-    assert page.index("head 1<") < page.index("head 2<") < page.index("KV head 2") < page.index("head 3<")
+    assert page.count("KV head 0, read by 2 query heads") == 2
+    assert page.index("head 0<") < page.index("head 1<") < page.index("KV head 1") < page.index("head 2<")
+
+
+def test_the_view_of_fewer_kv_heads_is_that_of_the_regrouped_model(session):
+    _, small = session.with_kv_heads(2)
+    found, expected = session.attend("a river", 2), Session(small, session.tokenizer, "small").attend("a river")
+    torch.testing.assert_close(found.layers, expected.layers)
+    assert found.kv_heads == [2, 2] and not torch.allclose(found.layers[1], session.attend("a river").layers[1])
 
 
 def test_text_cannot_become_markup(session):

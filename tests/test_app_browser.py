@@ -119,11 +119,14 @@ def test_a_token_is_clicked_and_its_attention_shown(page):
     choices.filter(has_text="sitting").first.click()
     playwright.expect(view.locator(".gf-query").first).to_have_text(re.compile("sitting"))
     assert "sitting" not in before
+    page.locator("#attention-kv label").filter(has_text="2").click()
+    playwright.expect(view.locator(".gf-group")).to_have_count(8 * 2)
+    playwright.expect(view.locator(".gf-query").first).to_have_text(re.compile("sitting"))  # still the one that looks
+    picture(page, "attention")
     text_of(page, "sentence").fill("The heron waits")
     page.locator("#look-button").click()
     playwright.expect(choices.filter(has_text="The")).to_have_count(1)
     playwright.expect(choices.filter(has_text="river")).to_have_count(0)
-    picture(page, "attention", full_page=True)
 
 
 def test_memory_is_planned_and_bad_configs_are_messages(page):
@@ -153,7 +156,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address, tab):
     go_to_on_phone(page, tab)
     page.wait_for_timeout(500)
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    picture(page, f"phone-{tab}")
+    picture(page, f"phone-{tab}", full_page=tab == "Memory")
     page.close()
     assert overflow <= 0
 

@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 
 from .. import planning
+from ..commands.shared import checkpoint
 from .session import Session
 from .views import attention_html, labels
 
@@ -135,7 +136,7 @@ def regroup_tab(session: Session) -> None:
     prompt = gr.Textbox(PROMPT, label="Text to go on from, with both", elem_id="regroup-prompt")
     start = gr.Button("Regroup", variant="primary", elem_id="regroup-button")
     note = gr.Markdown(elem_id="regroup-note")
-    table = gr.Dataframe(headers=COMPARISON, interactive=False, elem_id="comparison", wrap=True)
+    table = gr.Dataframe(headers=COMPARISON, interactive=False, elem_id="comparison", column_widths=widths(COMPARISON))
     with gr.Row():
         before = gr.Textbox(label="Original", lines=4, interactive=False, elem_id="before")
         after = gr.Textbox(label="Regrouped", lines=4, interactive=False, elem_id="after")
@@ -144,7 +145,11 @@ def regroup_tab(session: Session) -> None:
         session.read(text, 24)
         count, small = session.with_kv_heads(int(wanted))
         snapped = f"{int(wanted)} is not legal here: {count} taken. " if count != int(wanted) else ""
-        share = f"{snapped}The cache shrinks to {count} of {counts[-1]} heads: {count / counts[-1]:.0%}."
+        dtype = str(session.model.dtype).removeprefix("torch.")
+        share = (
+            f"{snapped}The cache shrinks to {count} of {counts[-1]} heads: {count / counts[-1]:.0%}. "
+            f"Its bytes are counted in {dtype}, in which the model runs here."
+        )
         texts = [list(session.stream(text, 24, 0.0, model))[-1] for model in (session.model, small)]
         return share, session.compare(count), *texts
 
@@ -157,24 +162,28 @@ def attention_tab(session: Session) -> None:
         "same key-value head."
     )
     sentence = gr.Textbox(SENTENCE, label="Sentence", elem_id="sentence")
+    fewer = [(str(count), count) for count in reversed(session.legal_counts()[:-1])]
+    # 0 stands for the model as it is: a radio takes None for no choice.
+    kv_heads = gr.Radio([("as it is", 0), *fewer], value=0, label="KV heads", elem_id="attention-kv")
     start = gr.Button("Look", variant="primary", elem_id="look-button")
     shown = session.attend(SENTENCE)
     last = len(shown.tokens) - 1
     token = gr.Radio(labels(shown.tokens), value=last, label="Token that looks", elem_id="token")
     picture = gr.HTML(attention_html(shown, last), elem_id="attention")
 
-    def look(text: str) -> tuple[Any, str]:
-        found = session.attend(text)
+    def look(text: str, count: int) -> tuple[Any, str]:
+        found = session.attend(text, count or None)
         end = len(found.tokens) - 1
         return gr.Radio(labels(found.tokens), value=end), attention_html(found, end)
 
-    def choose(text: str, index: int) -> str:
-        found = session.attend(text)
+    def choose(text: str, count: int, index: int) -> str:
+        found = session.attend(text, count or None)
         return attention_html(found, min(index, len(found.tokens) - 1))
 
-    start.click(told(look), sentence, [token, picture])
-    sentence.submit(told(look), sentence, [token, picture])
-    token.change(told(choose), [sentence, token], picture)
+    start.click(told(look), [sentence, kv_heads], [token, picture])
+    sentence.submit(told(look), [sentence, kv_heads], [token, picture])
+    for choice in (token, kv_heads):
+        choice.change(told(choose), [sentence, kv_heads, token], picture)
 
 
 def memory_tab(session: Session) -> None:
@@ -188,7 +197,7 @@ def memory_tab(session: Session) -> None:
         memory = gr.Number(24, label="GPU memory, GB", minimum=0.001)
         bandwidth = gr.Number(1000, label="Its bandwidth, GB/s", minimum=0.001)
     start = gr.Button("Plan", variant="primary", elem_id="plan-button")
-    table = gr.Dataframe(headers=PLAN, interactive=False, elem_id="plan", wrap=True)
+    table = gr.Dataframe(headers=PLAN, interactive=False, elem_id="plan", column_widths=widths(PLAN))
     plot = gr.Plot(show_label=False, elem_id="plan-plot")
 
     def work(text: str, context: float, batch: float, memory: float, bandwidth: float) -> tuple[list, Any]:
@@ -212,6 +221,11 @@ def memory_tab(session: Session) -> None:
     start.click(told(work), [source, context, batch, memory, bandwidth], [table, plot])
 
 
+def widths(headers: list[str]) -> list[str]:
+    """Columns as wide as their names: a phone scrolls the table instead of breaking words."""
+    return [f"{max(110, 40 + 9 * len(header))}px" for header in headers]
+
+
 def read_config(text: str) -> Any:
     """A config from the text of a config.json, or of a folder or Hub id.
 
@@ -219,6 +233,7 @@ def read_config(text: str) -> Any:
         ValueError: neither.
     """
     if not text.startswith("{"):
+        checkpoint(text)
         return planning.load_config(text)
     try:
         json.loads(text)

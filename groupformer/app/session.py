@@ -49,6 +49,7 @@ class Session:
     tokenizer: Any
     name: str
     regrouped: dict[int, Any] = field(default_factory=dict)
+    twins: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | None = None) -> "Session":
@@ -159,7 +160,7 @@ class Session:
     def compare(self, wanted: int) -> list[list[Any]]:
         """Rows (model, KV heads, cache bytes a token, tokens a second, bits per byte) of the original and the new."""
         count, small = self.with_kv_heads(wanted)
-        models = {"original": self.model, f"{count} KV heads": small}
+        models = {"original": self.model, "regrouped": small}
         speeds = measure(models, context=64, new_tokens=16, rounds=2)
         rows = []
         for (name, model), speed in zip(models.items(), speeds):
@@ -179,8 +180,8 @@ class Session:
     # Attention -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def attend(self, sentence: str) -> Attention:
-        """The attention of every layer and head on a sentence.
+    def attend(self, sentence: str, kv_heads: int | None = None) -> Attention:
+        """The attention of every layer and head on a sentence; of the regrouped model where `kv_heads` is given.
 
         Raises:
             ValueError: no text, or more tokens than can be shown.
@@ -188,18 +189,21 @@ class Session:
         ids = self.read(sentence)
         if ids.shape[1] > LONGEST_SENTENCE:
             raise ValueError(f"The text has {ids.shape[1]} tokens; the view shows at most {LONGEST_SENTENCE}.")
-        output = self.eager(ids, output_attentions=True, use_cache=False)
-        heads = [layer.num_key_value_heads for layer in self.model.config.per_layer_config]
+        model = self.model if kv_heads is None else self.with_kv_heads(kv_heads)[1]
+        if id(model) not in self.twins:
+            self.twins[id(model)] = eager_twin(model)
+        output = self.twins[id(model)](ids, output_attentions=True, use_cache=False)
+        heads = [layer.num_key_value_heads for layer in model.config.per_layer_config]
         tokens = [self.tokenizer.decode([token]) for token in ids[0].tolist()]
         return Attention(tokens, [layer[0].float().cpu() for layer in output.attentions], heads)
 
-    @cached_property
-    def eager(self) -> Any:
-        """The same weights, with the backend that returns probabilities."""
-        with torch.device("meta"):
-            twin = AutoModelForCausalLM.from_config(self.model.config, attn_implementation="eager")
-        twin.load_state_dict(self.model.state_dict(), assign=True)
-        if twin.model.rotary_emb is not None:  # its frequencies are no weights
-            twin.model.rotary_emb = self.model.model.rotary_emb
-        twin.tie_weights()
-        return twin.eval()
+
+def eager_twin(model: Any) -> Any:
+    """The same weights, not copied, with the backend that returns probabilities."""
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    twin.load_state_dict(model.state_dict(), assign=True)
+    if twin.model.rotary_emb is not None:  # its frequencies are no weights
+        twin.model.rotary_emb = model.model.rotary_emb
+    twin.tie_weights()
+    return twin.eval()

@@ -46,22 +46,25 @@ def attention_html(attention: Attention, query: int) -> str:
             group_html(attention.tokens, probabilities, query, kv_head, kv_heads, share) for kv_head in range(kv_heads)
         ]
         parts.append(
-            f'<section class="gf-layer"><h4>layer {layer_idx + 1}</h4>'
+            f'<section class="gf-layer"><h4>layer {layer_idx}</h4>'
             f'<div class="gf-groups">{"".join(groups)}</div></section>'
         )
     return "".join(parts)
 
 
 def group_html(tokens: list[str], probabilities: Any, query: int, kv_head: int, kv_heads: int, share: int) -> str:
-    """The box of one KV head, with the query heads that read it."""
+    """The box of one KV head, with the query heads that read it; all count from 0, as in a config.
+
+    The colour stays pale enough for text on it to be read, dark or light.
+    """
     color = hue(kv_head, kv_heads)
     rows = []
     for head in range(kv_head * share, (kv_head + 1) * share):
         cells = [
             f'<span class="{"gf-query" if index == query else ""}" title="{weight:.0%}" '
-            f'style="background: hsla({color}, 85%, 50%, {weight:.3f})">{shown(token)}</span>'
+            f'style="background: hsla({color}, 85%, 50%, {0.6 * weight:.3f})">{shown(token)}</span>'
             for index, (token, weight) in enumerate(zip(tokens, probabilities[head, query].tolist()))
         ]
-        rows.append(f'<div class="gf-head"><b>head {head + 1}</b>{"".join(cells)}</div>')
-    title = f"KV head {kv_head + 1}, read by {share} query head{'s' if share > 1 else ''}"
+        rows.append(f'<div class="gf-head"><b>head {head}</b>{"".join(cells)}</div>')
+    title = f"KV head {kv_head}, read by {share} query head{'s' if share > 1 else ''}"
     return f'<div class="gf-group" style="border-color: hsl({color}, 85%, 45%)"><p>{title}</p>{"".join(rows)}</div>'

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,29 @@ class TrainingDtype(str, Enum):
         return None if self is TrainingDtype.auto else self is TrainingDtype.bfloat16
 
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id.")]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NOT_HERE: list[str] = []  # sources that are no folders: what an error of the Hub is about
+
+
+def checkpoint(source: str | None) -> str | None:
+    """A source as it is given; refused where it can be neither a folder nor a Hub id.
+
+    Raises:
+        ValueError: no file or folder, and no name of a repository; or a folder without a config.
+    """
+    if source is None:
+        return None
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"{source} holds no config.json; give the folder of a checkpoint")
+    if not path.exists():
+        if not HUB_ID.fullmatch(source):
+            raise ValueError(f"{source} is not there, and is no Hub id (USER/NAME) either; check the path")
+        NOT_HERE.append(source)
+    return source
+
+
+Source = Annotated[str, typer.Argument(metavar="SRC", callback=checkpoint, help="Folder or Hub id.")]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="What to write; it appears when it is whole.")]
 ReplaceTarget = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
 ShardSize = Annotated[float, typer.Option(min=0.001, help="Largest file of weights to write, in GB (1e9 bytes).")]
@@ -82,13 +105,32 @@ def bytes_bar(verb: str) -> Iterator[Any]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar, removed_by_errors(bar):
         task = bar.add_task(verb, total=None)
 
         def advance(shard: int, shards: int, written: int, total: int) -> None:
             bar.update(task, description=f"{verb} shard {shard}/{shards}", total=total, advance=written)
 
         yield advance
+
+
+@contextmanager
+def removed_by_errors(bar: Any) -> Iterator[None]:
+    """A bar that stood still would only hide the error's line."""
+    try:
+        yield
+    except BaseException:
+        bar.live.transient = True
+        raise
+
+
+def bar_for_large(source: str) -> None:
+    """Turns transformers' bar of loading off where a folder's weights, below 1 GB, load at once."""
+    from transformers.utils import logging
+
+    sizes = [file.stat().st_size for file in Path(source).glob("*.safetensors")]
+    if sizes and sum(sizes) < 1e9:
+        logging.disable_progress_bar()
 
 
 @contextmanager
