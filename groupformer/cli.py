@@ -1,7 +1,8 @@
 """The `groupformer` command: it parses, calls and prints; the work is done by the packages that it calls.
 
 Each module of `groupformer.commands` adds its commands to the app. Errors end the process with one line on stderr and
-exit code 1; with `--debug`, anywhere in the line, the traceback is shown instead. Ctrl-C ends with exit code 130.
+exit code 1, or 2 where the line itself is wrong; with `--debug`, anywhere in the line, the traceback is shown instead.
+Ctrl-C ends with exit code 130.
 """
 
 import sys
@@ -10,8 +11,11 @@ from typing import Annotated
 import typer
 
 from . import commands
+from .commands.shared import NOT_HERE
 from .version import __version__
 
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
     name="groupformer",
@@ -49,16 +53,36 @@ def main() -> None:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     try:
-        app(args=[word for place, word in enumerate(arguments) if place >= end or word != "--debug"])
+        code = app(
+            args=[word for place, word in enumerate(arguments) if place >= end or word != "--debug"],
+            prog_name="groupformer",
+            standalone_mode=False,
+        )
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise SystemExit(130) from None
+        code = INTERRUPTED
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group by itself: its help, as the library means it
+            typer.echo(error.ctx.get_help(), err=True)  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"error: {message}", err=True)
-        raise SystemExit(1) from None
+        typer.echo(f"error: {in_one_line(error)}", err=True)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    if code == INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    raise SystemExit(code)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says; a wrong line names the help that tells the right one."""
+    if hasattr(error, "format_message"):  # Click's, which is a part of newer Typers and a package beside older ones
+        message = error.format_message().rstrip(".")
+        context = getattr(error, "ctx", None)
+        return " ".join(f"{message}; see {context.command_path} --help".split()) if context else message
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and NOT_HERE and not any(source in message for source in NOT_HERE):
+        return f"{' or '.join(NOT_HERE)} is not there, and the Hub did not help: {message}"
+    return message
 
 
 if __name__ == "__main__":

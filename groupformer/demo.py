@@ -111,6 +111,7 @@ def adapt(model: Any, tokenizer: Any, text: str, output: Path, steps: int, seed:
         logging_steps=max(1, steps // 5),
         save_strategy="no",
         report_to=[],
+        dataloader_pin_memory=torch.accelerator.is_available(),  # else torch warns
         seed=seed,
     )
     dataset = [{"input_ids": window, "labels": window} for window in windows]
@@ -143,16 +144,10 @@ def run(model_path: str | None, output: Path, steps: int, seed: int) -> dict[str
         f"{cache_bytes_per_token(model, tokenizer)} bytes of KV cache a token (float32)"
     )
     train_text, held_out = sample_text()
-    before: dict[str, Any] = {
-        "bits_per_byte": bits_per_byte(model, tokenizer, held_out),
-        "answers": answers(model, tokenizer),
-    }
+    before = judge(model, tokenizer, held_out)
     console.print(f"[bold]2. Adapt[/] to {len(train_text.encode())} bytes of samples/river.txt, {steps} steps")
     adapt(model, tokenizer, train_text, output, steps, seed)
-    after: dict[str, Any] = {
-        "bits_per_byte": bits_per_byte(model, tokenizer, held_out),
-        "answers": answers(model, tokenizer),
-    }
+    after = judge(model, tokenizer, held_out)
 
     console.print(f"[bold]3. Save[/] to {output}, and [bold]load[/] with the Auto classes in a fresh process")
     model.save_pretrained(output)
@@ -166,7 +161,8 @@ def run(model_path: str | None, output: Path, steps: int, seed: int) -> dict[str
 
     table = Table("prompt", "before", "after, reloaded", title="What the model says (greedy, 10 tokens)")
     for index, prompt in enumerate(PROMPTS):
-        table.add_row(prompt, before["answers"][index].strip(), reloaded["answers"][index].strip())
+        said = (" ".join(each["answers"][index].split()) for each in (before, reloaded))
+        table.add_row(prompt, *said)
     console.print(table)
     console.print(
         f"Held-out part of the text: {before['bits_per_byte']:.3f} bits per byte before, "

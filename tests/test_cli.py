@@ -1,6 +1,7 @@
 """The command line as a shell sees it: help, results, errors in one line, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -95,8 +96,68 @@ def test_debug_shows_the_traceback():
         assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-def test_a_wrong_option_is_exit_code_2():
-    assert groupformer("pretrain", "--no-such-option").returncode == 2
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("pretrain", "--no-such-option"), "No such option: --no-such-option"),
+        (("import",), "Missing argument 'SRC'"),
+        (("improt",), "No such command 'improt'"),
+        (("bench", "hub_card", "--context", "0"), "Invalid value for '--context'"),
+    ],
+)
+def test_a_wrong_line_is_one_line_that_names_the_help_and_exit_code_2(arguments, message):
+    done = groupformer(*arguments)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.endswith("--help\n")
+
+
+@pytest.mark.parametrize("group", [(), ("tokenizer",)])
+def test_a_group_by_itself_shows_its_help(group):
+    done = groupformer(*group)
+    assert done.returncode == 2 and "Usage: groupformer" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "plan", "generate", "import", "regroup", "bench", "demo", "uptrain"])
+def test_a_path_that_is_not_there_is_named(command, tmp_path):
+    wrong = tmp_path / "no" / "model"
+    more = {"generate": ["x"], "import": ["out"], "regroup": ["out", "--kv-heads", "1"]}.get(command, [])
+    more = ["--data", "x", "--tokens", "1"] if command == "uptrain" else more
+    done = groupformer(command, *(["--model"] if command == "demo" else []), wrong, *more)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {wrong} is not there, and is no Hub id (USER/NAME) either; check the path\n"
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    done = groupformer("eval", tmp_path, "--file", "README.md")
+    assert done.stderr == f"error: {tmp_path} holds no config.json; give the folder of a checkpoint\n"
+
+
+def test_a_name_that_the_hub_does_not_give_is_named():
+    done = groupformer("info", "hub_crad")
+    assert done.returncode == 1 and done.stderr.startswith("error: hub_crad is not there, and the Hub did not help: ")
+
+
+# Reading its prompt from a standard input that presses Ctrl-C.
+CTRL_C = """
+import os, signal, sys, types
+from groupformer import cli
+sys.stdin = types.SimpleNamespace(read=lambda: os.kill(os.getpid(), signal.SIGINT) or "text")
+sys.argv = ["groupformer", "generate", "hub_card", "-"]
+cli.main()
+"""
+
+
+def test_ctrl_c_is_exit_code_130():
+    done = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_completion_knows_the_commands():
+    asked = {"_GROUPFORMER_COMPLETE": "complete_bash", "COMP_WORDS": "groupformer re", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "groupformer.cli"], env={**os.environ, **asked}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["regroup"]
 
 
 def test_a_tokenizer_is_measured_as_json(tmp_path):

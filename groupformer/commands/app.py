@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import RUN, Device
+from .shared import RUN, Device, checkpoint
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -13,7 +13,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def app_command(
     source: Annotated[
-        str | None, typer.Argument(metavar="[PATH|HUB_ID]", help="A GroupFormer. Default: the checkpoint that ships.")
+        str | None,
+        typer.Argument(
+            metavar="PATH|HUB_ID", callback=checkpoint, help="A GroupFormer. Default: the checkpoint that ships."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
@@ -28,7 +31,7 @@ def app_command(
         import gradio  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"the app needs {error.name}; install it with: pip install 'groupformer[app]'") from error
+        raise ValueError(f"the app needs {error.name}; install it with: pip install 'gradio>=6' matplotlib") from error
     from ..app import launch
 
     launch(source, host=host, port=port, inbrowser=browser, device=device)

@@ -4,16 +4,25 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import RUN, AsJson, Device, Dtype, DtypeOption, counting_bar, print_json
+from .shared import RUN, AsJson, Device, Dtype, DtypeOption, bar_for_large, checkpoint, counting_bar, print_json
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command("bench", rich_help_panel=RUN)(bench_command)
 
 
+def checkpoints(sources: list[str]) -> list[str]:
+    for source in sources:
+        checkpoint(source)
+    return sources
+
+
 def bench_command(
     source: Annotated[
-        list[str], typer.Argument(metavar="PATH|HUB_ID...", help="Causal language models; the first is the base.")
+        list[str],
+        typer.Argument(
+            metavar="PATH|HUB_ID", callback=checkpoints, help="Causal language models; the first is the base."
+        ),
     ],
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
@@ -29,7 +38,6 @@ def bench_command(
     Example: groupformer bench big small --context 2048
     """
     from transformers import AutoModelForCausalLM, set_seed
-    from transformers.utils import logging
 
     import groupformer  # noqa: F401  registers the architecture
 
@@ -38,9 +46,9 @@ def bench_command(
     from ..tables import print_table
 
     device = best_device(device)
-    logging.disable_progress_bar()
     models: dict[str, Any] = {}
     for path in source:
+        bar_for_large(path)
         models[path] = load_checked(AutoModelForCausalLM, path, dtype=dtype.value).to(device)
         limit = getattr(models[path].config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and context + new_tokens > limit:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import LOOK, AsJson, print_json, stdout_for_results
+from .shared import LOOK, AsJson, checkpoint, print_json, stdout_for_results
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -14,7 +14,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id. Default: the checkpoint that ships, or a fresh small model.")
+        str | None,
+        typer.Option(
+            callback=checkpoint, help="Folder or Hub id. Default: the checkpoint that ships, or a fresh small model."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where to save the adapted model. Default: runs/demo.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,

@@ -12,6 +12,8 @@ from .shared import (
     DtypeOption,
     TextColumn,
     Tokenizer,
+    bar_for_large,
+    checkpoint,
     counting_bar,
     print_json,
 )
@@ -23,7 +25,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def eval_command(
     model: Annotated[
-        str, typer.Argument(metavar="PATH|HUB_ID", help="Any causal language model, with its tokenizer.")
+        str,
+        typer.Argument(
+            metavar="PATH|HUB_ID", callback=checkpoint, help="Any causal language model, with its tokenizer."
+        ),
     ],
     file: Annotated[list[str], typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")],
     text_column: TextColumn = "text",
@@ -44,6 +49,7 @@ def eval_command(
     from ..loading import best_device
     from ..training.data import read_column
 
+    bar_for_large(model)
     device = best_device(device)  # refused before a file is read
     texts = read_column(file, text_column)[:max_documents]
     with counting_bar("scoring", None, "tokens") as advance:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import RUN, Device, Dtype, DtypeOption
+from .shared import RUN, Device, Dtype, DtypeOption, bar_for_large, checkpoint
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -13,7 +13,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def generate_command(
-    source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A causal language model with its tokenizer.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="PATH|HUB_ID", callback=checkpoint, help="A causal language model with its tokenizer."),
+    ],
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from standard input.")
     ],
@@ -35,14 +38,13 @@ def generate_command(
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
-    from transformers.utils import logging
 
     import groupformer  # noqa: F401  registers the architecture
 
     from ..loading import best_device, load_checked
 
     device = best_device(device)
-    logging.disable_progress_bar()
+    bar_for_large(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {source} has no chat template; leave --chat out")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import LOOK, AsJson, print_json
+from .shared import LOOK, AsJson, checkpoint, print_json
 
 
 SHARING = {True: "multi-head: nothing is shared", False: "grouped-query"}
@@ -15,7 +15,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def info_command(
-    source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID", help="A checkpoint; only its config is read.")],
+    source: Annotated[
+        str, typer.Argument(metavar="PATH|HUB_ID", callback=checkpoint, help="A checkpoint; only its config is read.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Draw which query heads share which KV head, layer by layer, and count parameters and cache.

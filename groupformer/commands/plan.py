@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import LOOK, AsJson, print_json
+from .shared import LOOK, AsJson, checkpoint, print_json
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -15,13 +15,14 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan_command(
     source: Annotated[
-        str | None, typer.Argument(metavar="[PATH|HUB_ID]", help="A checkpoint; only its config is read.")
+        str | None,
+        typer.Argument(metavar="PATH|HUB_ID", callback=checkpoint, help="A checkpoint; only its config is read."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json by itself, instead of a checkpoint.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(help="Memory of the GPU, in GB (1e9 bytes).")] = 24.0,
-    bandwidth: Annotated[float, typer.Option(help="Bandwidth of that memory, in GB/s.")] = 1000.0,
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of the GPU, in GB (1e9 bytes).")] = 24.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="Bandwidth of that memory, in GB/s.")] = 1000.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, int8, int4.")] = "bfloat16",
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of the cache. Default: as the weights, at least 16 bits.")
@@ -38,6 +39,8 @@ def plan_command(
     from .. import planning
     from ..tables import print_table
 
+    if source is None and config is None:
+        raise ValueError("nothing to plan; give a folder or Hub id, or the file of --config")
     for name, value in (("dtype", dtype), ("cache-dtype", cache_dtype)):
         if value is not None and value not in planning.BYTES:
             raise ValueError(f"{name} ({value}) is unknown; choose {', '.join(planning.BYTES)}")

@@ -24,9 +24,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def pretrain(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe in YAML, as in recipes/.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe in YAML, as in recipes/.")] = None,
     output: Output = Path("runs/pretrain"),
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")

@@ -20,6 +20,7 @@ from .shared import (
     TrainingDtype,
     TrainingDtypeOption,
     bytes_bar,
+    checkpoint,
     print_json,
     stdout_for_results,
 )
@@ -101,7 +102,7 @@ def uptrain(
     source: Source,
     data: Annotated[list[str], typer.Option(help="Text to train on: files, patterns; repeatable.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; 5 % of pre-training is a good start.")],
-    teacher: Annotated[str | None, typer.Option(help="The original: folder or Hub id.")] = None,
+    teacher: Annotated[str | None, typer.Option(callback=checkpoint, help="The original: folder or Hub id.")] = None,
     output: Output = Path("runs/uptrain"),
     validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a 20th of the rows.")] = None,
     kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.")] = 1.0,

@@ -42,7 +42,7 @@ def train(
 
 @tokenizer_app.command("eval")
 def evaluate(
-    file: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of text; each is one row of the table.")],
+    file: Annotated[list[str], typer.Argument(metavar="FILE", help="Files of text; each is one row of the table.")],
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the one that ships.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Another tokenizer, to show the ratio to it.")] = None,
     text_column: TextColumn = "text",
