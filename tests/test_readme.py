@@ -35,3 +35,10 @@ def test_every_relative_link_leads_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_models_card_says_what_its_template_says():
+    card, template = (
+        (ROOT / "hub_card" / name).read_text(encoding="utf-8") for name in ("README.md", "card_template.md")
+    )
+    assert not [line for line in template.splitlines() if "{{" not in line and line not in card.splitlines()]
