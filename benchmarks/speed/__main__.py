@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from . import cases, measure
-from .shapes import DTYPES
+from .shapes import DTYPES, fast_dtypes
 
 
 def processor() -> str:
@@ -43,10 +43,11 @@ def ceilings(device: str, tiny: bool) -> dict[str, Any]:
     """The machine's limits, measured."""
     size = 256 if tiny else (2048 if device == "cpu" else 8192)
     megabytes = 8 if tiny else (512 if device == "cpu" else 4096)
+    dtypes = DTYPES if tiny else fast_dtypes(device)
     return {
         "read_bandwidth": measure.read_bandwidth(device, megabytes),
         "copy_bandwidth": measure.copy_bandwidth(device, megabytes),
-        "flops": {name: measure.gemm_flops(device, dtype, size) for name, dtype in DTYPES.items()},
+        "flops": {name: measure.gemm_flops(device, dtype, size) for name, dtype in dtypes.items()},
     }
 
 

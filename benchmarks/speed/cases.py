@@ -1,6 +1,7 @@
 """What is timed, part by part. Each part yields rows: {"case", "runs", "base", and the ceiling of the case}."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ import groupformer
 from . import torch_runs
 from .measure import alternate, summary, timed
 from .peers import Peer, interpreter, write_gguf
-from .shapes import DTYPES, Shape, llama, ours
+from .shapes import Shape, fast_dtypes, llama, ours
 
 
 LLAMA, OURS = "transformers' Llama", "GroupFormer"
@@ -89,7 +90,7 @@ def same_tokens(models: dict[str, Any]) -> None:
 
 def prefill(setting: Setting) -> Iterator[dict[str, Any]]:
     """Prompts, in float32 and bfloat16, beside litgpt and llama.cpp in float32 where they are installed."""
-    for dtype in DTYPES:
+    for dtype in fast_dtypes(setting.device):
         shape = setting.of(dtype=dtype)
         models = pair(shape, setting.device)
         with engines(models[LLAMA], shape, setting, {"llama.cpp F32": None} if dtype == "float32" else None) as peers:
@@ -154,7 +155,7 @@ def int8(setting: Setting) -> Iterator[dict[str, Any]]:
     shape = setting.of()
     native = llama(shape, setting.device)
     runs = {f"{OURS}, float32": torch_runs.decode(ours(native), context, setting.tokens)}
-    if interpreter("torchao") == sys.executable:
+    if importlib.util.find_spec("torchao") is not None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         model = ours(native)

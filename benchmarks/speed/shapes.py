@@ -17,6 +17,12 @@ SHAPES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def fast_dtypes(device: str) -> dict[str, torch.dtype]:
+    """The dtypes worth timing: a CPU without instructions for bfloat16 multiplies hundreds of times as slowly."""
+    has_bfloat16 = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {name: dtype for name, dtype in DTYPES.items() if has_bfloat16 or dtype is torch.float32}
+
+
 @dataclass(frozen=True)
 class Shape:
     """One model: a row of SHAPES, its key-value heads, its vocabulary and its dtype."""
