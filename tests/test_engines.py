@@ -4,7 +4,7 @@ skip their tests; `make test-serving` makes an environment that has them all.
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, QuantizedCache
 
 from groupformer import GroupFormerForCausalLM
 
@@ -81,3 +81,44 @@ def test_lora_learns_on_a_bitsandbytes_int8_base(model, token_ids, tmp_path):
     adapted(token_ids, labels=token_ids).loss.backward()
     grads = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_lora_learns_on_a_torchao_int8_base(model, token_ids, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: make test-serving")
+    from peft import LoraConfig, get_peft_model
+    from transformers import TorchAoConfig
+
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    quantized = GroupFormerForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    adapted = get_peft_model(quantized, LoraConfig(task_type="CAUSAL_LM", r=4))
+    adapted(token_ids, labels=token_ids).loss.backward()
+    grads = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+QUANTIZED_CACHES = {
+    "hqq-8": ({"backend": "hqq", "nbits": 8}, 0.02),
+    "hqq-4": ({"backend": "hqq", "nbits": 4}, 0.25),
+    "quanto-4": ({"backend": "quanto", "nbits": 4, "q_group_size": 16}, 0.25),
+    "fp8": ({"backend": "fp8"}, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED_CACHES)
+def test_a_quantized_cache_stays_close_to_the_plain_one(name, model, token_ids):
+    """The logits of the tokens that it generates, beside those of a pass without a cache."""
+    settings, tolerance = QUANTIZED_CACHES[name]
+    if settings["backend"] != "fp8":
+        package = {"hqq": "hqq", "quanto": "optimum.quanto"}[settings["backend"]]
+        pytest.importorskip(package, reason=f"needs {package}: make test-serving")
+        # These keep their last tokens as they are; at most three here, so that most of the cache is quantized.
+        settings = {**settings, "residual_length": 4}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    quantized = {"cache_implementation": "quantized", "cache_config": settings, "return_dict_in_generate": True}
+    output = model.generate(token_ids, output_logits=True, **options, **quantized)
+    assert isinstance(output.past_key_values, QuantizedCache)
+    assert output.sequences.shape == (2, 16)
+    with torch.no_grad():
+        expected = model(output.sequences[:, :-1], use_cache=False).logits[:, 7:]
+    assert 0 < relative_difference(torch.stack(output.logits, 1), expected) < tolerance
