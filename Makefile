@@ -46,13 +46,14 @@ test-vllm: $(READY)  ## Run the tests in vLLM itself, in an environment of its o
 
 # Packages that only some tests need go into an environment of their own, which reads all others from ours.
 SERVING_VENV ?= .venv-serving
+# optimum-quanto compiles C++ on its first use, for some minutes.
 test-serving: $(READY)  ## Run the tests of other engines and formats, in an environment of their own
 	$(BIN)/python -m venv $(SERVING_VENV)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		"$$($(SERVING_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-	$(SERVING_VENV)/bin/python -m pip install --quiet onnx onnxruntime onnxscript
-	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps torchao bitsandbytes
-	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest -m slow tests/test_engines.py
+	$(SERVING_VENV)/bin/python -m pip install --quiet onnx onnxruntime onnxscript openvino ruamel.yaml flatbuffers ninja
+	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps torchao bitsandbytes executorch hqq optimum-quanto
+	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest -m slow tests/test_engines.py tests/test_export.py
 
 APP_VENV ?= .venv-app
 test-app: $(READY)  ## Run the tests of the app, in an environment of its own and in a browser
