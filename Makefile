@@ -91,11 +91,17 @@ bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an h
 
 # The textbooks' folder, with train-, validation- and test-*.parquet; hours on a CPU, and it goes on where it stopped.
 DATA ?= ../shared/data/textbooks
+STUDY := HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --data $(DATA) --documents 10 --output runs/study
 study: $(READY)  ## Measure what fewer KV heads cost, before and after uptraining
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --checkpoint hub_card --data $(DATA) --pretraining-tokens 5324800 \
-		--recipe recipes/reference.yaml --documents 10 --bf16 --output runs/study --plot docs/regroup.png
+	test -d runs/tokenizer-4096 || $(BIN)/groupformer tokenizer train --prose '$(DATA)/train-*.parquet' \
+		--vocab-size 4096 --output runs/tokenizer-4096
+	HF_HUB_OFFLINE=1 $(BIN)/groupformer pretrain recipes/learned.yaml --train-file '$(DATA)/train-*.parquet' \
+		--validation-file '$(DATA)/validation-*.parquet' --output runs/learned --resume
+	$(STUDY) --checkpoint runs/learned --recipe recipes/learned.yaml --batch-size 4
+	$(STUDY) --checkpoint hub_card --recipe recipes/reference.yaml --pretraining-tokens 5324800
+	$(MAKE) figures
 
-figures: $(READY)  ## Draw the README's picture from the measured results
+figures: $(READY)  ## Draw the study's pictures and write its tables, from the measured results
 	$(BIN)/python scripts/figures.py
 
 lint: $(READY)  ## Check style and format

@@ -9,6 +9,7 @@ At the end all cells are gathered in study.json, printed as tables, and drawn as
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -27,13 +28,14 @@ from groupformer.evaluation import evaluate
 from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.moments import calibration_from_texts
 from groupformer.regrouping.uptraining import UptrainRecipe, uptrain
+from groupformer.speed import measure
 from groupformer.tables import print_table
 from groupformer.training.data import read_column
 
 
 PERCENTS = (1.0, 2.0, 5.0, 10.0)
 LOSSES = {"distilled": {"kl_weight": 1.0, "ce_weight": 0.1}, "text only": {"kl_weight": 0.0, "ce_weight": 1.0}}
-DECODING = {"batch": 8, "prompt": 256, "new": 64}
+DECODING = {"batch": 8, "context": 256, "new_tokens": 64}
 
 
 class Study:
@@ -169,6 +171,7 @@ def uptrained(
         train_files=[study.train_files],
         validation_files=[str(pages)],
         evaluations=4,
+        batch_size=study.options.batch_size,
         tokens=int(pretraining_tokens(study) * percent / 100),
         seed=merge["seed"],
         bf16=study.options.bf16 or None,
@@ -218,32 +221,28 @@ def scratch_part(study: Study) -> None:
             study.cell(compute, part="scratch", kv_heads=kv_heads, seed=seed)
 
 
-@torch.no_grad()
-def decoding(model: Any) -> dict[str, float]:
-    """Tokens per second of greedy decoding (median of 3) and the size of the cache."""
-    batch, prompt, new = DECODING["batch"], DECODING["prompt"], DECODING["new"]
-    input_ids = torch.randint(0, model.config.vocab_size, (batch, prompt + 1), device=model.device)
-    speeds = []
-    for _ in range(3):
-        cache = model(input_ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
-        token = input_ids[:, prompt:]
-        started = time.perf_counter()
-        for _ in range(new):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        token.cpu()  # waits for a GPU
-        speeds.append(batch * new / (time.perf_counter() - started))
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return {"tokens_per_second": statistics.median(speeds), "cache_bytes_per_token": size / batch / (prompt + new)}
-
-
 def speed_part(study: Study) -> None:
-    """Decode speed and cache size for each count; the method does not matter."""
-    heads = study.model().config.num_key_value_heads
-    for kv_heads in [heads, *study.options.kv_heads]:
+    """Decode speed and cache size of each count, timed in turn; the method does not matter."""
+    counts = [study.model().config.num_key_value_heads, *study.options.kv_heads]
+
+    @functools.cache
+    def measured() -> dict[str, dict[str, Any]]:
+        models = {str(count): groupformer.regroup(study.model(), count, method="first") for count in counts}
+        return {row["model"]: row for row in measure(models, **DECODING, rounds=5)}
+
+    def decoding(count: int) -> dict[str, float]:
+        row = measured()[str(count)]
+        tokens = DECODING["batch"] * (DECODING["context"] + DECODING["new_tokens"] - 1)
+        return {
+            "tokens_per_second": row["decode_tokens_per_second"],
+            "cache_bytes_per_token": row["cache_bytes"] / tokens,
+        }
+
+    for count in counts:
         study.cell(
-            lambda kv_heads=kv_heads: decoding(groupformer.regroup(study.model(), kv_heads, method="first")),
+            lambda count=count: decoding(count),
             part="speed",
-            kv_heads=kv_heads,
+            kv_heads=count,
             device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             **DECODING,
         )
@@ -334,6 +333,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=["svd", "mean"], default=["svd", "mean"], help="To uptrain.")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="To uptrain with.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Where randomness enters.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Rows of 512 tokens in a step of uptraining.")
     parser.add_argument("--bf16", action="store_true", help="Uptrain in bfloat16 on a CPU that multiplies it fast.")
     parser.add_argument("--documents", type=int, default=None, help="Test documents. Default: all.")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

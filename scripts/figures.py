@@ -1,46 +1,71 @@
-"""Draws docs/images/quality_against_cache.png: python scripts/figures.py, or `make figures`.
+"""Pictures and tables of the study, in docs: python scripts/figures.py, or `make figures`.
 
-The numbers are those of `make study`. Where its cells lie in runs/study, docs/data/study.json is condensed from them
-first; a checkout without them draws from that file.
+The numbers are those of `make study`, one file in docs/data for each checkpoint. Where new cells lie in runs/study,
+they are condensed into these files first; a checkout without them works from the files as they are. The tables of
+docs/regroup.md stand between two marks each; the text around them is written by hand.
 """
 
 import json
 import re
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import yaml
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from groupformer.planning import layer_caches, load_config
+from groupformer import GroupFormerConfig
+from groupformer.planning import layer_caches
 
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "hub_card"
-CELLS = ROOT / "runs" / "study" / CHECKPOINT.name
-DATA = ROOT / "docs" / "data" / "study.json"
-FIGURE = ROOT / "docs" / "images" / "quality_against_cache.png"
+CELLS = ROOT / "runs" / "study"
+PAGE = ROOT / "docs" / "regroup.md"
 BYTES_PER_NUMBER = 2  # bfloat16
 
-SETTING = ("checkpoint", "documents", "window", "stride")
+SETTING = ("checkpoint", "documents")
 LABELS = ("part", "kv_heads", "method", "grouping", "calibrated", "seed", "percent")
+SCORES = {"bits_per_byte": 6, "tokens_per_second": 1, "cache_bytes_per_token": 0}  # and their decimals
 
 # One light background and dark ink, so that the picture reads the same on a light and on a dark page.
 PAPER, INK, GRID = "#f8fafc", "#1e293b", "#dbe2ea"
-MEAN, SVD, UPTRAINED = "#c2410c", "#1d4ed8", "#15803d"
+MEAN, SVD, UPTRAINED, SCRATCH = "#c2410c", "#1d4ed8", "#15803d", "#64748b"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One studied checkpoint: the folder of its cells, its recipe, the file of its numbers, its picture."""
+
+    name: str
+    recipe: Path
+    data: Path
+    picture: Path
+
+
+STUDIES = [
+    Study(name, ROOT / "recipes" / recipe, ROOT / "docs" / "data" / data, ROOT / "docs" / "images" / picture)
+    for name, recipe, data, picture in (
+        ("hub_card", "reference.yaml", "study.json", "quality_against_cache.png"),
+        ("learned", "learned.yaml", "study_learned.json", "quality_against_cache_learned.png"),
+    )
+]
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def condense(folder: Path) -> dict[str, Any]:
-    """What the figure needs of a study's cells: the setting once, then the labels and the score of each cell.
+    """What the page needs of a study's cells: the setting once, then the labels and the scores of each cell.
 
     Raises:
-        ValueError: the cells are not of one checkpoint, measured in one way.
+        ValueError: the cells are not of one checkpoint and one set of documents.
     """
     cells = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part=*.json"))}
-    cells = {path: cell for path, cell in cells.items() if "bits_per_byte" in cell}
     settings = {tuple(cell[name] for name in SETTING) for cell in cells.values()}
     if len(settings) != 1:
         raise ValueError(f"{folder} holds cells of {len(settings)} settings of {SETTING}; keep those of one")
@@ -50,8 +75,25 @@ def condense(folder: Path) -> dict[str, Any]:
         # What was trained on stands in the file's name alone: inside, "loss" is the evaluation's, in nats.
         if trained_on := re.search("_loss=([a-z-]+)_", path.name):
             labels["loss"] = trained_on[1]
-        rows.append({**labels, "bits_per_byte": round(cell["bits_per_byte"], 6)})
+        rows.append({**labels, **{name: round(cell[name], digits) for name, digits in SCORES.items() if name in cell}})
     return {**dict(zip(SETTING, settings.pop())), "cells": rows}
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A study with the cells of a later run: those of the same labels are replaced, the others stay.
+
+    Raises:
+        ValueError: the two are of different settings.
+    """
+    for name in SETTING:
+        if old[name] != new[name]:
+            raise ValueError(f"{name} is {old[name]} in the file and {new[name]} in the cells; remove one of them")
+
+    def by_labels(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {json.dumps({k: v for k, v in cell.items() if k not in SCORES}): cell for cell in study["cells"]}
+
+    cells = by_labels(old) | by_labels(new)
+    return {**new, "cells": [cells[labels] for labels in sorted(cells)]}
 
 
 def save(study: dict[str, Any], path: Path) -> None:
@@ -62,15 +104,36 @@ def save(study: dict[str, Any], path: Path) -> None:
     path.write_text(f'{{\n{head},\n  "cells": [\n{cells}\n  ]\n}}\n', encoding="utf-8")
 
 
+def scores(study: dict[str, Any], score: str = "bits_per_byte", **labels: Any) -> dict[int, list[float]]:
+    """A score by KV heads, of the cells with these labels, one of each seed."""
+    found: dict[int, list[float]] = {}
+    for cell in study["cells"]:
+        if score in cell and all(cell.get(name) == value for name, value in labels.items()):
+            found.setdefault(cell["kv_heads"], []).append(cell[score])
+    return {heads: found[heads] for heads in sorted(found, reverse=True)}
+
+
 def points(study: dict[str, Any], **labels: Any) -> dict[int, float]:
-    """Bits per byte by KV heads, of the cells with these labels."""
-    chosen = [cell for cell in study["cells"] if all(cell.get(name) == value for name, value in labels.items())]
-    return {cell["kv_heads"]: cell["bits_per_byte"] for cell in sorted(chosen, key=lambda cell: -cell["kv_heads"])}
+    """Bits per byte by KV heads, of the cells with these labels: the mean over seeds."""
+    return {heads: statistics.mean(values) for heads, values in scores(study, **labels).items()}
 
 
-def cache_bytes_per_kv_head() -> int:
-    """What one KV head in each layer of the checkpoint keeps of a token."""
-    layers = layer_caches(load_config(CHECKPOINT))
+def merge_labels(method: str, kv_heads: int) -> dict[str, Any]:
+    """The labels of a method at its best: calibrated and in similar groups, unless it is the paper's mean.
+
+    With one KV head there is one group: "similar" is "adjacent" there, and the merge is not measured again.
+    """
+    if method == "mean":
+        return {"method": "mean", "grouping": "adjacent"}
+    return {"method": method, "grouping": "adjacent" if kv_heads == 1 else "similar", "calibrated": True}
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes_per_kv_head(recipe: Path) -> int:
+    """What one KV head in each layer of a recipe's model keeps of a token."""
+    layers = layer_caches(GroupFormerConfig(**yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]))
     return sum(layer.numbers(1) // layer.kv_heads for layer in layers) * BYTES_PER_NUMBER
 
 
@@ -78,17 +141,19 @@ def lines_of(study: dict[str, Any]) -> tuple[dict[int, float], ...]:
     """Bits per byte by KV heads: merged by the mean, merged by svd, and that after uptraining on 5 % of the tokens."""
     original = points(study, part="original")
     mean = points(study, part="merge", method="mean", grouping="adjacent")
-    svd = {"part": "merge", "method": "svd", "calibrated": True}
-    # With one KV head there is one group: "similar" is "adjacent" there, and was not measured again.
-    merged = points(study, **svd, grouping="similar") | {1: points(study, **svd, grouping="adjacent")[1]}
+    merged = {heads: points(study, part="merge", **merge_labels("svd", heads))[heads] for heads in mean}
     uptrained = points(study, part="uptrain", method="svd", percent=5.0, loss="distilled")
     return original | mean, original | merged, original | uptrained
 
 
-def draw(study: dict[str, Any], path: Path) -> None:
-    """Quality against cache: right after the merge, and after uptraining."""
+def draw(study: dict[str, Any], size: int, path: Path) -> None:
+    """Quality against cache: right after the merge, after uptraining, and trained from scratch.
+
+    Args:
+        size: Bytes that one KV head keeps of a token.
+    """
     mean, merged, uptrained = lines_of(study)
-    size, start = cache_bytes_per_kv_head(), uptrained[max(uptrained)]
+    start = uptrained[max(uptrained)]
 
     pyplot.rcParams.update({"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK})
     pyplot.rcParams.update(
@@ -105,15 +170,21 @@ def draw(study: dict[str, Any], path: Path) -> None:
     ):
         sizes = [size * heads for heads in line]
         axes.plot(sizes, line.values(), color=color, marker=marker, markersize=8, linewidth=2.5, label=label)
-        share = f"+{line[1] / start - 1:.1%}".replace("%", " %")
-        axes.annotate(share, (size, line[1]), xytext=(12, -4), textcoords="offset points", color=color, weight="bold")
+        fewest = min(line)
+        share = f"{line[fewest] / start - 1:+.1%}".replace("%", " %")
+        place = (size * fewest, line[fewest])
+        axes.annotate(share, place, xytext=(12, -4), textcoords="offset points", color=color, weight="bold")
+    scratch = points(study, part="scratch")
+    sizes = [size * heads for heads in scratch]
+    axes.plot(sizes, scratch.values(), color=SCRATCH, marker="x", markersize=9, linewidth=0, label="from scratch")
     axes.set_xscale("log", base=2)
     axes.set_xlim(size * 9.5, size * 0.78)  # from much cache to little
     heads = sorted(mean, reverse=True)
     names = [f"{size * count:,}\n{count} KV head{'s' if count > 1 else ''}" for count in heads]
     names[0], names[-1] = f"{names[0]}\n(multi-head)", f"{names[-1]}\n(multi-query)"
     axes.set_xticks([size * count for count in heads], names)
-    axes.set_ylim(bottom=1.6)
+    highest = max(mean.values())
+    axes.set_ylim(start - 0.15 * (highest - start), highest + 0.35 * (highest - start))  # room for the legend
     axes.minorticks_off()
     axes.set_xlabel("KV cache, bytes a token")
     axes.set_ylabel("held-out bits per byte (less is better)")
@@ -124,10 +195,100 @@ def draw(study: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def cells_of(values: dict[int, list[float]], heads: list[int], start: float | None = None) -> list[str]:
+    """Bits per byte for each count: the mean over seeds, by how much it is above the start, and the seeds' spread."""
+    cells = []
+    for count in heads:
+        if count not in values:
+            cells.append("")
+            continue
+        mean = statistics.mean(values[count])
+        above = "" if start is None else f" ({mean / start - 1:+.1%})".replace("%", " %")
+        spread = f" ± {statistics.stdev(values[count]):.3f}" if len(values[count]) > 1 else ""
+        cells.append(f"{mean:.3f}{spread}{above}")
+    return cells
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def count_names(heads: list[int]) -> list[str]:
+    return [f"{count} KV head{'s' if count > 1 else ''}" for count in heads]
+
+
+def merge_table(study: dict[str, Any]) -> str:
+    """Right after the merge, by method, grouping and calibration."""
+    heads = list(scores(study, part="merge"))
+    rows = []
+    for method in ("random", "first", "mean", "aligned", "svd"):
+        for grouping in ("adjacent", "similar"):
+            for calibrated in (False, True):
+                labels = {"method": method, "grouping": grouping, "calibrated": calibrated}
+                if values := scores(study, part="merge", **labels):
+                    row = [f"`{method}`", grouping, "yes" if calibrated else "no"]
+                    rows.append([*row, *cells_of(values, heads)])
+    return markdown(["method", "grouping", "calibrated", *count_names(heads)], rows)
+
+
+def uptrain_table(study: dict[str, Any]) -> str:
+    """After uptraining, by merge, share of the tokens and loss; beside the original and models from scratch."""
+    (start,) = points(study, part="original").values()
+    heads = list(scores(study, part="merge"))
+    rows = []
+    for method, name in (("svd", "`svd`, similar, calibrated"), ("mean", "`mean`, adjacent")):
+        merged = {count: scores(study, part="merge", **merge_labels(method, count))[count] for count in heads}
+        rows.append([name, "none", *cells_of(merged, heads, start)])
+        for loss in ("distilled", "text-only"):
+            for percent in sorted({cell["percent"] for cell in study["cells"] if "percent" in cell}):
+                if values := scores(study, part="uptrain", method=method, percent=percent, loss=loss):
+                    how = "distilled from the original" if loss == "distilled" else "trained on the text alone"
+                    rows.append([f"{name}; {how}", f"{percent:g} %", *cells_of(values, heads, start)])
+    scratch = scores(study, part="scratch")
+    rows.append(["the same shape from scratch", "100 %", *cells_of(scratch, heads, start)])
+    return markdown(["what", "tokens, of pre-training's", *count_names(heads)], rows)
+
+
+def decode_table(study: dict[str, Any]) -> str:
+    """What decoding costs, by count."""
+    sizes = scores(study, "cache_bytes_per_token", part="speed")
+    speeds = scores(study, "tokens_per_second", part="speed")
+    base = speeds[max(speeds)][0]
+    rows = [
+        [str(count), f"{sizes[count][0]:,.0f}", f"{speed[0]:,.0f}", f"{speed[0] / base:.2f}"]
+        for count, speed in speeds.items()
+    ]
+    return markdown(["KV heads", "cache, bytes a token (float32)", "tokens a second", "ratio"], rows)
+
+
+TABLES = {"merge": merge_table, "uptrain": uptrain_table, "decode": decode_table}
+
+
+def write_tables(page: str, name: str, study: dict[str, Any]) -> str:
+    """The page with a study's tables between their marks, `<!-- hub_card merge: begin -->` and so on."""
+    for table, make in TABLES.items():
+        begin, end = (f"<!-- {name} {table}: {mark} -->" for mark in ("begin", "end"))
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{make(study)}\n{end}{rest.split(end)[1]}"
+    return page
+
+
 def main() -> None:
-    if CELLS.is_dir():
-        save(condense(CELLS), DATA)
-    draw(json.loads(DATA.read_text(encoding="utf-8")), FIGURE)
+    page = PAGE.read_text(encoding="utf-8")
+    for it in STUDIES:
+        known = json.loads(it.data.read_text(encoding="utf-8")) if it.data.exists() else None
+        if (CELLS / it.name).is_dir():
+            new = condense(CELLS / it.name)
+            known = new if known is None else joined(known, new)
+            save(known, it.data)
+        if known is not None:
+            draw(known, cache_bytes_per_kv_head(it.recipe), it.picture)
+            page = write_tables(page, it.name, known)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

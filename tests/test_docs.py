@@ -123,25 +123,43 @@ def test_a_link_leads_to_the_same_file_on_the_site(page, link, on_the_site):
     assert hooks.relink(f"[words]{link}", page) == f"[words]{on_the_site}"
 
 
-def test_the_figure_is_drawn_from_the_data_that_is_here(tmp_path):
-    figures = script("figures")
-    study = json.loads(figures.DATA.read_text(encoding="utf-8"))
-    mean, merged, uptrained = figures.lines_of(study)
-    assert list(mean) == list(merged) == list(uptrained) == [8, 4, 2, 1]
-    assert figures.cache_bytes_per_kv_head() * 8 == 8192  # as the checkpoint's card says
-    page = (DOCS / "regroup.md").read_text(encoding="utf-8")
-    assert all(f"{line[heads]:.3f}" in page for line in (mean, merged, uptrained) for heads in (4, 2, 1))
-    figures.draw(study, tmp_path / "figure.png")
+FIGURES = script("figures")
+
+
+@pytest.mark.parametrize("it", FIGURES.STUDIES, ids=lambda it: it.name)
+def test_the_study_s_picture_is_drawn_from_the_data_that_is_here(it, tmp_path):
+    study = json.loads(it.data.read_text(encoding="utf-8"))
+    mean, merged, uptrained = FIGURES.lines_of(study)
+    assert list(mean) == list(merged) == [8, 4, 2, 1] and {8, 2} <= set(uptrained)
+    FIGURES.draw(study, FIGURES.cache_bytes_per_kv_head(it.recipe), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_the_study_s_tables_are_those_of_its_data():
+    page = FIGURES.PAGE.read_text(encoding="utf-8")
+    for it in FIGURES.STUDIES:
+        assert page == FIGURES.write_tables(page, it.name, json.loads(it.data.read_text(encoding="utf-8")))
+
+
+def test_a_kv_head_of_the_reference_keeps_what_its_card_says():
+    assert FIGURES.cache_bytes_per_kv_head(ROOT / "recipes" / "reference.yaml") * 8 == 8192
+
+
+def test_cells_measured_again_replace_those_of_the_same_labels():
+    setting = {"checkpoint": "abc", "documents": 1}
+    known = {**setting, "cells": [{"part": "scratch", "kv_heads": heads, "bits_per_byte": 2.0} for heads in (1, 2)]}
+    new = {**setting, "cells": [{"part": "scratch", "kv_heads": 2, "bits_per_byte": 1.5}]}
+    assert FIGURES.points(FIGURES.joined(known, new), part="scratch") == {2: 1.5, 1: 2.0}
+    with pytest.raises(ValueError, match="checkpoint is abc in the file and def in the cells"):
+        FIGURES.joined(known, {**new, "checkpoint": "def"})
+
+
 def test_condensed_cells_keep_what_was_trained_on(tmp_path):
-    figures = script("figures")
     cell = {"part": "uptrain", "kv_heads": 2, "percent": 5.0, "loss": 3.1, "bits_per_byte": 1.5, "checkpoint": "abc"}
     cell |= {"documents": 1, "window": 512, "stride": 256}
     (tmp_path / "part=uptrain_percent=5.0_loss=text-only_documents=1.json").write_text(json.dumps(cell))
-    study = figures.condense(tmp_path)
+    study = FIGURES.condense(tmp_path)
     assert study["checkpoint"] == "abc" and study["cells"][0]["loss"] == "text-only"
     (tmp_path / "part=other.json").write_text(json.dumps({**cell, "checkpoint": "def"}))
     with pytest.raises(ValueError, match="2 settings"):
-        figures.condense(tmp_path)
+        FIGURES.condense(tmp_path)
