@@ -163,3 +163,10 @@ def test_condensed_cells_keep_what_was_trained_on(tmp_path):
     (tmp_path / "part=other.json").write_text(json.dumps({**cell, "checkpoint": "def"}))
     with pytest.raises(ValueError, match="2 settings"):
         FIGURES.condense(tmp_path)
+
+
+def test_each_test_in_the_compatibility_table_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "compatibility.md").read_text(encoding="utf-8")))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name}(" not in code]
