@@ -5,6 +5,7 @@ import importlib.machinery
 import sys
 from types import ModuleType
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -45,6 +46,7 @@ def register() -> None:
     for auto_class, model_class in MODELS.items():
         auto_class.register(GroupFormerConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
+        setattr(transformers, model_class.__name__, model_class)  # `transformers serve` looks up architectures there
     AutoTokenizer.register(GroupFormerConfig, tokenizer_class=GroupFormerTokenizer, exist_ok=True)
     GroupFormerTokenizer.register_for_auto_class()
     if PEFT_MAPPINGS in sys.modules:

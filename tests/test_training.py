@@ -350,3 +350,38 @@ def test_heads_of_every_task_share_one_auto_api(tmp_path):
     randomize(GroupFormerForCausalLM(tiny_config())).save_pretrained(tmp_path)
     model = AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=5)
     assert model.score.out_features == 5
+
+
+@pytest.mark.slow
+def test_trls_dpo_trainer_widens_the_margin_of_what_is_preferred(tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    labels = {"river": "money", "money": "river"}
+    pairs = [{"prompt": text, "chosen": f" {label}", "rejected": f" {labels[label]}"} for text, label in SENTENCES]
+    start = GroupFormerForCausalLM(
+        tiny_config(vocab_size=16384, bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=128)
+    )
+    start.save_pretrained(tmp_path / "start")  # TRL loads its reference model from there
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    config = DPOConfig(
+        str(tmp_path / "run"),
+        max_steps=20,
+        learning_rate=5e-3,
+        per_device_train_batch_size=len(pairs),
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = DPOTrainer(
+        model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=GroupFormerTokenizer()
+    )
+    trainer.train()
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] == pytest.approx(0, abs=1e-4) and margins[-1] > 0.2
+    trainer.save_model(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    input_ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids).logits, trainer.model.eval()(input_ids).logits, atol=0, rtol=0)
