@@ -23,7 +23,8 @@ from groupformer import GroupFormerForCausalLM
 from .helpers import random_ids, randomize, tiny_config
 
 
-VLLM_PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
+# Absolute, as some tests run it elsewhere; not resolved, as an environment is known by its link.
+VLLM_PYTHON = os.path.abspath(os.environ.get("VLLM_PYTHON", sys.executable))
 SETTINGS = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
