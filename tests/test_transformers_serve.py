@@ -84,3 +84,22 @@ def test_the_server_streams_the_same_text(server, expected):
     parts = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
     assert len([part for part in parts if part]) > 1  # it came in pieces
     assert "".join(parts).strip() == expected.strip()
+
+
+def test_transformers_chat_prints_the_same_text(server, expected):
+    """The client is another process, which knows nothing of GroupFormer; it reads what would be typed."""
+    program = [sys.executable, "-m", "transformers.cli.transformers", "chat"]
+    generation = [f"max_new_tokens={NEW_TOKENS}", "do_sample=False"]
+    # Offline, the Hub's client refuses any address, the loopback too; so it is told of a Hub that is not there.
+    settings = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "200"}
+    typed = f"{TURNS[0]['content']}\nn\n!exit\n"  # the answer stops at its limit: no, it need not go on
+    done = subprocess.run(
+        [*program, str(CARD), f"http://127.0.0.1:{server}/v1", *generation],
+        input=typed,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert expected.strip() in done.stdout
