@@ -51,9 +51,8 @@ test-serving: $(READY)  ## Run the tests of other engines and formats, in an env
 	$(BIN)/python -m venv $(SERVING_VENV)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		"$$($(SERVING_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-	$(SERVING_VENV)/bin/python -m pip install --quiet onnx onnxruntime onnxscript openvino \
-		ruamel.yaml flatbuffers tabulate einops termcolor ninja
-	$(SERVING_VENV)/bin/python -m pip install --quiet --constraint constraints.txt fastapi uvicorn openai lm-eval
+	$(SERVING_VENV)/bin/python -m pip install --quiet --constraint constraints.txt onnx onnxruntime onnxscript openvino \
+		ruamel.yaml flatbuffers tabulate einops termcolor ninja fastapi uvicorn openai lm-eval
 	$(SERVING_VENV)/bin/python -m pip install --quiet --no-deps torchao bitsandbytes executorch hqq optimum-quanto
 	OMP_NUM_THREADS=1 $(SERVING_VENV)/bin/python -m pytest -m slow tests/test_engines.py tests/test_export.py \
 		tests/test_transformers_serve.py tests/test_lm_eval.py

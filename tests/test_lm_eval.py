@@ -41,8 +41,9 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
     return log_probabilities.gather(1, ids[0, start:, None]).sum().item()
 
 
-def test_the_harness_gives_the_numbers_of_transformers_own_loop(tmp_path):
+def test_the_harness_gives_the_numbers_of_transformers_own_loop(tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tmp_path / "riverside.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     tokenizer = GroupFormerTokenizer()

@@ -55,7 +55,11 @@ def server():
         yield port
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)  # by itself: transformers' command then says "Aborted!" and ends with 1
+        try:
+            process.wait(timeout=60)  # by itself: transformers' command then says "Aborted!" and ends with 1
+        except subprocess.TimeoutExpired:
+            process.kill()  # what hangs fails here, but does not outlive the test
+            raise
 
 
 @pytest.fixture(scope="module")
