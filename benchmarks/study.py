@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,7 +67,9 @@ class Study:
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Held-out bits per byte of a model in memory, in windows of 512 tokens that move by 256."""
-        return evaluate(model.to(self.device), self.tokenizer, self.test_texts, window=512, stride=256)
+        batch_size = self.options.evaluation_batch
+        model = model.to(self.device)
+        return evaluate(model, self.tokenizer, self.test_texts, window=512, stride=256, batch_size=batch_size)
 
     def cell(self, compute: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:
         """The cell of these labels: read, or computed and kept."""
@@ -158,8 +161,7 @@ def uptrain_part(study: Study) -> None:
 def uptrained(
     study: Study, calibration: torch.Tensor, merge: dict[str, Any], percent: float, loss: str
 ) -> dict[str, Any]:
-    work = study.folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=study.folder, prefix="work-"))  # processes can share the cells
     regrouped(study, calibration, merge).save_pretrained(work / "merged")
     study.tokenizer.save_pretrained(work / "merged")
     # The curve needs few pages; what is reported is measured on the test documents, below.
@@ -167,6 +169,7 @@ def uptrained(
     pages.write_text("\n".join(text[:4000] for text in read_column([study.validation_files])[:20]), encoding="utf-8")
     recipe = UptrainRecipe(
         model=str(work / "merged"),
+        tokenizer=study.options.tokenizer or str(study.source),  # one path: texts are tokenized once for all cells
         teacher=str(study.source),
         train_files=[study.train_files],
         validation_files=[str(pages)],
@@ -325,6 +328,7 @@ def report(study: Study) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="Folder of a multi-head GroupFormer.")
+    parser.add_argument("--tokenizer", default=None, help="Where the checkpoint's own tokenizer lies as well.")
     parser.add_argument("--data", required=True, help="Folder with train-, validation- and test-*.parquet.")
     parser.add_argument("--output", default="runs/study", help="Folder of the cells.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -334,6 +338,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="To uptrain with.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Where randomness enters.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows of 512 tokens in a step of uptraining.")
+    parser.add_argument("--evaluation-batch", type=int, default=4, help="Windows in a forward pass of the evaluation.")
     parser.add_argument("--bf16", action="store_true", help="Uptrain in bfloat16 on a CPU that multiplies it fast.")
     parser.add_argument("--documents", type=int, default=None, help="Test documents. Default: all.")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

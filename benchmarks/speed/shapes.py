@@ -79,9 +79,10 @@ class Shape:
 def llama(shape: Shape, device: str) -> LlamaForCausalLM:
     """Transformers' own Llama with random weights that no run changes."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(shape.config).eval().to(DTYPES[shape.dtype])
+    with torch.device(device):
+        model = LlamaForCausalLM(shape.config).eval().to(DTYPES[shape.dtype])
     model.generation_config.pad_token_id = 0
-    return model.to(device)
+    return model
 
 
 def ours(native: LlamaForCausalLM) -> groupformer.GroupFormerForCausalLM:

@@ -173,4 +173,5 @@ def build_model(conversion: Conversion, source: Source) -> PreTrainedModel:
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"{conversion.family.model_type}: the plan missed {sorted(set(missing) - tied)}")
     model.tie_weights()
-    return model.eval()
+    devices = {tensor.device for tensor in state_dict.values()}
+    return (model.to(*devices) if len(devices) == 1 else model).eval()  # RoPE's frequencies were made on the CPU

@@ -115,15 +115,24 @@ def pack(documents: Iterable[list[int]], row_length: int) -> Iterator[dict[str, 
                 input_ids, position_ids = [], []
 
 
-def collate_flat(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Packed rows as a batch of int64 tensors (rows, row_length); from rows as NumPy arrays ten times as fast."""
+    import numpy
+    import torch
+
+    return {
+        name: torch.from_numpy(numpy.stack([numpy.asarray(row[name], dtype=numpy.int64) for row in rows]))
+        for name in rows[0]
+    }
+
+
+def collate_flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Packed rows as one row, end to end: (1, rows * row_length).
 
     Flash attention reads the limits of documents from the positions of a single row only; of a batch of rows it would
     let documents see each other. The other backends read them from every row of a batch.
     """
-    import torch
-
-    return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in rows[0]}
+    return {name: values.reshape(1, -1) for name, values in collate_rows(rows).items()}
 
 
 def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str = "text") -> Any:

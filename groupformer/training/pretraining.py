@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
-from .data import collate_flat, expand, load_files, tokenize_and_pack
+from .data import collate_flat, collate_rows, expand, load_files, tokenize_and_pack
 from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
 
@@ -180,7 +180,7 @@ class PackedTrainer(Trainer):
 def packed_collator(model: Any) -> Callable:
     """How packed rows become a batch, for the model's attention backend."""
     is_flash = "flash" in (model.config._attn_implementation or "")
-    return collate_flat if is_flash else default_data_collator
+    return collate_flat if is_flash else collate_rows
 
 
 def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) -> TrainingArguments:
@@ -241,8 +241,8 @@ def pretrain(
     trainer = PackedTrainer(
         model=model,
         args=training_arguments(recipe, output, validation_rows is not None),
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
+        train_dataset=train_rows.with_format("numpy"),
+        eval_dataset=None if validation_rows is None else validation_rows.with_format("numpy"),
         data_collator=packed_collator(model),
         processing_class=tokenizer,
         callbacks=[on_interrupt],
