@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .configuration_groupformer import GroupFormerConfig
@@ -73,6 +73,8 @@ def create_attention_masks(
     """
     uses_alibi = config.position_embedding_type == "alibi"
     names = layer_mask_names(config)
+    if not uses_alibi and sees_everything(config, inputs_embeds, attention_mask, past_key_values):
+        return dict.fromkeys(names)
     masks = {}
     for name in dict.fromkeys(names):
         layer_idx = names.index(name)
@@ -90,6 +92,27 @@ def create_attention_masks(
             mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
         masks[name] = mask
     return masks
+
+
+def sees_everything(
+    config: GroupFormerConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> bool:
+    """Whether one new token sees all that a growing cache holds: sdpa then needs no mask.
+
+    Transformers' functions find the same, in more steps.
+    """
+    return (
+        inputs_embeds.shape[1] == 1
+        and type(past_key_values) is DynamicCache
+        and config._attn_implementation == "sdpa"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and "sliding_attention" not in config.layer_types
+        and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+    )
 
 
 def add_alibi(

@@ -15,6 +15,8 @@ imports nothing but torch, transformers and the files beside it: configuration, 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
+import inspect
+import itertools
 import math
 from collections.abc import Callable
 
@@ -46,7 +48,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_groupformer import grow_in_place, new_cache
 from .configuration_groupformer import GroupFormerConfig
 from .masking_groupformer import check_inputs, create_attention_masks, layer_mask_names
-from .ops_groupformer import OWN_ATTENTION, head_cross_entropy, is_plain, project
+from .ops_groupformer import (
+    OWN_ATTENTION,
+    decode_layer,
+    head_cross_entropy,
+    is_plain,
+    project,
+    rms_norm,
+    runs_bare,
+    takes_one_token,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -65,9 +76,12 @@ class GroupFormerRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The cast is for norms that PEFT keeps in float32: the residual stream keeps its own dtype.
-        weight = self.weight.to(hidden_states.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        weight = self.weight
+        if (
+            weight.dtype != hidden_states.dtype
+        ):  # of norms that PEFT keeps in float32; the residual stream keeps its own
+            weight = weight.to(hidden_states.dtype)
+        return rms_norm(hidden_states, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -151,7 +165,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     if rotary_dim < x.shape[-1]:
         turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
         return torch.cat((turn(turned, cos, sin), kept), dim=-1)
-    return x * cos + torch.roll(x, rotary_dim // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, torch.roll(x, rotary_dim // 2, dims=-1), sin)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -311,6 +325,9 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = GroupFormerAttention(config, layer_idx)
         self.mlp = MLPS[config.mlp_type](config, layer_idx)
         self.residual_multiplier = config.residual_multiplier
+        turns_whole_heads = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
+        # Whether `decode_layer` computes this kind of layer.
+        self.is_usual = type(self) is GroupFormerDecoderLayer and config.qk_norm is None and turns_whole_heads
         self.dropout = config.hidden_dropout
         self.build_norms(config)
 
@@ -323,6 +340,11 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
         if self.dropout > 0:
             sublayer_output = nn.functional.dropout(sublayer_output, p=self.dropout, training=self.training)
         return sublayer_output if self.residual_multiplier == 1.0 else sublayer_output * self.residual_multiplier
+
+    def takes_one_token(self) -> bool:
+        """Whether `decode_layer` computes what calling this layer would."""
+        attention = self.self_attn
+        return self.is_usual and runs_bare(self) and runs_bare(attention) and attention.own_heads is None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
@@ -583,7 +605,15 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if self.rotary_emb is not None:  # one for all heads
             position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
-        for mask_name, decoder_layer in zip(self.mask_names, self.layers[: self.config.num_hidden_layers]):
+        attention_function = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        one_token = takes_one_token(self, hidden_states, attention_function, past_key_values)
+        layers = zip(self.mask_names, self.layers)
+        for mask_name, decoder_layer in itertools.islice(layers, self.config.num_hidden_layers):
+            if one_token and decoder_layer.takes_one_token():
+                hidden_states = decode_layer(
+                    decoder_layer, hidden_states[:, 0], masks[mask_name], position_embeddings, past_key_values
+                )[:, None]
+                continue
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks[mask_name],
@@ -693,6 +723,10 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         if self.config.position_embedding_type == "alibi":
             raise ValueError("position_embedding_type ('alibi') has no continuous batching; use `generate` instead")
         return super().init_continuous_batching(*args, **kwargs)
+
+
+# `generate` asks the forward of remote code for its signature with every token; here it is found at once.
+vars(GroupFormerForCausalLM)["forward"].__signature__ = inspect.signature(GroupFormerForCausalLM.forward)
 
 
 class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):

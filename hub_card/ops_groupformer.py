@@ -40,13 +40,18 @@ PREFERS_ONEDNN = mkl_is_slow()
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is `nn.Linear` and nothing more: no adapter, quantized weight, hook or changed `forward`."""
+    fields = linear.__dict__
     return (
         type(linear) is nn.Linear
-        and type(linear._parameters["weight"]) is nn.Parameter
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and "forward" not in linear.__dict__
+        and type(fields["_parameters"].get("weight")) is nn.Parameter  # a replica of DataParallel has none
+        and not (fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
     )
+
+
+def runs_bare(module: nn.Module) -> bool:
+    """Whether calling a module is no more than calling its class's `forward`: no hooks, no `forward` of its own."""
+    fields = module.__dict__
+    return not (fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
 
 
 def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -92,6 +97,27 @@ def product_in_bands(
     return product if bias is None else product.add_(bias)
 
 
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Torch's RMSNorm; of a single row on the CPU, where that is six operations, by a dot product in two."""
+    if (
+        hidden_states.numel() == weight.numel()
+        and hidden_states.dtype is torch.float32
+        and hidden_states.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    ):
+        row = hidden_states.reshape(-1)
+        mean_square = torch.dot(row, row).item() / row.shape[0]
+        if mean_square + eps > 0:  # neither zeros without an eps, nor NaN
+            return (hidden_states * weight).mul_((mean_square + eps) ** -0.5)
+    return torch.rms_norm(hidden_states, weight.shape, weight, eps)
+
+
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +158,111 @@ def sdpa_attention_forward(
 
 # Transformers' attention functions that have a faster counterpart here.
 OWN_ATTENTION: dict[Any, Any] = {transformers_sdpa: sdpa_attention_forward}
+
+
+# One token -----------------------------------------------------------------------------------------------------------
+#
+# A decoded token of a small model takes as long to call its hundreds of operations as to compute them. Here they are
+# called by as few, and with as little Python between them, as their order allows. What is computed is the same.
+
+
+def takes_one_token(
+    model: nn.Module, hidden_states: torch.Tensor, attention_function: Any, past_key_values: Any | None
+) -> bool:
+    """Whether a model may compute these hidden states (B, T, hidden_size) by `decode_layer`."""
+    return (
+        hidden_states.shape[1] == 1
+        and past_key_values is not None
+        and attention_function is transformers_sdpa
+        and not model.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def decode_layer(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    past_key_values: Any,
+) -> torch.Tensor:
+    """A layer with norms before its sublayers, for one new token: `layer(hidden_states[:, None], …)[:, 0]`.
+
+    Args:
+        hidden_states: (B, hidden_size).
+        attention_mask: (B, 1 or H, 1, S), additive or boolean, or `None`.
+        position_embeddings: Cosines and signed sines (B or 1, 1, 1, D), or `None`.
+        past_key_values: The cache, which is extended.
+    """
+    modules, scale = layer.__dict__["_modules"], layer.residual_multiplier
+    normed = call(modules["input_layernorm"], hidden_states)
+    output = decode_attention(modules["self_attn"], normed, attention_mask, position_embeddings, past_key_values)
+    hidden_states = hidden_states + (output if scale == 1.0 else output * scale)
+    normed, mlp = call(modules["post_attention_layernorm"], hidden_states), modules["mlp"]
+    output = decode_mlp(mlp, normed) if runs_bare(mlp) else call(mlp, normed)
+    return hidden_states + (output if scale == 1.0 else output * scale)
+
+
+def decode_attention(
+    attention: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    past_key_values: Any,
+) -> torch.Tensor:
+    """Attention without norms on queries and keys, for one new token (B, hidden_size): both are turned together, and
+    since the token is alone, no dimension needs to change its place."""
+    modules, head_dim, batch = attention.__dict__["_modules"], attention.head_dim, hidden_states.shape[0]
+    query = product(modules["q_proj"], hidden_states)
+    key = product(modules["k_proj"], hidden_states)
+    value = product(modules["v_proj"], hidden_states).view(batch, -1, 1, head_dim)
+    kv_heads = value.shape[1]
+    states = torch.cat((query, key), dim=-1).view(batch, -1, 1, head_dim)  # (B, H + G, 1, D)
+    if position_embeddings is not None and attention.uses_rope:
+        cos, sin = position_embeddings
+        states = torch.addcmul(states * cos, torch.roll(states, head_dim // 2, dims=-1), sin)
+    heads = states.shape[1] - kv_heads
+    key, value = past_key_values.update(states.narrow(1, heads, kv_heads), value, attention.layer_idx)
+    if attention_mask is not None and attention_mask.shape[1] > 1:  # biases of each head
+        attention_mask = attention_mask.reshape(attention_mask.shape[0], kv_heads, -1, attention_mask.shape[-1])
+    output = nn.functional.scaled_dot_product_attention(
+        states.narrow(1, 0, heads).view(batch, kv_heads, -1, head_dim),
+        key,
+        value,
+        attn_mask=attention_mask,
+        scale=attention.scaling,
+    )
+    return product(modules["o_proj"], output.reshape(batch, -1))
+
+
+def decode_mlp(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A plain or gated MLP, for one new token (B, hidden_size)."""
+    modules = mlp.__dict__["_modules"]
+    up, gate = product(modules["up_proj"], hidden_states), modules.get("gate_proj")
+    if gate is None:
+        return product(modules["down_proj"], call(modules["act_fn"], up))
+    return product(modules["down_proj"], call(modules["act_fn"], product(gate, hidden_states)) * up)
+
+
+def call(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`module(hidden_states)` past `nn.Module.__call__`, where that has nothing to do.
+
+    A module that has hooks, an adapter or the like gets (B, 1, features), as it would elsewhere.
+    """
+    return module.forward(hidden_states) if runs_bare(module) else module(hidden_states.unsqueeze(1)).squeeze(1)
+
+
+def product(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)`, likewise."""
+    if not is_plain(linear):
+        return linear(hidden_states.unsqueeze(1)).squeeze(1)
+    if PREFERS_ONEDNN:
+        return project(linear, hidden_states)
+    parameters = linear.__dict__["_parameters"]
+    return nn.functional.linear(hidden_states, parameters["weight"], parameters["bias"])
 
 
 # Loss ----------------------------------------------------------------------------------------------------------------

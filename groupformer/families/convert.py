@@ -174,4 +174,6 @@ def build_model(conversion: Conversion, source: Source) -> PreTrainedModel:
         raise RuntimeError(f"{conversion.family.model_type}: the plan missed {sorted(set(missing) - tied)}")
     model.tie_weights()
     devices = {tensor.device for tensor in state_dict.values()}
-    return (model.to(*devices) if len(devices) == 1 else model).eval()  # RoPE's frequencies were made on the CPU
+    if len(devices) == 1:
+        model.to(devices.pop())  # type: ignore[arg-type]  # RoPE's frequencies were made on the CPU
+    return model.eval()
