@@ -1,5 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Attention masks by layer, with the biases of ALiBi in them.
+"""Attention masks by layer, with the biases of ALiBi in them, and what a model refuses to compute.
 
 This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the configuration.
 
@@ -10,10 +10,16 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .configuration_groupformer import GroupFormerConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def layer_mask_names(config: GroupFormerConfig) -> list[str]:
@@ -55,6 +61,59 @@ def check_inputs(shape: torch.Size, attention_mask: Any) -> None:
         raise ValueError(
             "attention_mask (batch, sequence) must hold 1 for real tokens and 0 for padding; "
             "give an additive mask as (batch, 1, queries, keys)"
+        )
+
+
+def check_positions(config: GroupFormerConfig, position_ids: torch.Tensor) -> None:
+    """Refuses positions beyond the ones that exist; RoPE computes them, and warns once."""
+    if torch.compiler.is_compiling():  # neither a warning nor a look at values belongs in a graph
+        return
+    limit, kind = config.max_position_embeddings, config.position_embedding_type
+    if kind == "rope" and position_ids.shape[-1] > limit:
+        logger.warning_once(
+            f"The sequence has {position_ids.shape[-1]} positions, more than max_position_embeddings ({limit}). "
+            "RoPE computes them, but the model was not made for them: quality may fall."
+        )
+    if kind not in ("learned", "sinusoidal") or position_ids.numel() == 0 or position_ids.is_meta:
+        return
+    if (length := int(position_ids.max()) + 1) > limit:
+        raise ValueError(
+            f"The sequence has {length} positions, but max_position_embeddings ({limit}) is all that "
+            f"position_embedding_type={kind!r} has; shorten or truncate the input"
+        )
+
+
+def look_up(embed_tokens: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, T, hidden_size) of token ids; on the CPU an id outside the vocabulary is named."""
+    if torch.compiler.is_compiling():
+        return embed_tokens(input_ids)
+    try:
+        return embed_tokens(input_ids)
+    except IndexError as error:
+        outside = input_ids[(input_ids < 0) | (input_ids >= embed_tokens.num_embeddings)]
+        raise IndexError(
+            f"input_ids holds {outside[0].item()}, but vocab_size ({embed_tokens.num_embeddings}) allows "
+            "only ids from 0 to one less; use the tokenizer of this model, or resize_token_embeddings"
+        ) from error
+
+
+def check_backend(config: GroupFormerConfig, name: str) -> None:
+    """Refuses attention backends that cannot compute what the config says.
+
+    Raises:
+        ValueError: names the backend, the field and its value.
+    """
+    if name not in ("eager", *ALL_ATTENTION_FUNCTIONS) and not set(name) & set("/|"):  # of the Hub; "paged|sdpa"
+        return  # nobody knows this name, as transformers then says
+    if config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation ({name!r}) cannot add the biases of position_embedding_type='alibi'; "
+            "choose 'eager' or 'sdpa'"
+        )
+    if name == "flex_attention" and config.attention_dropout > 0:
+        raise ValueError(
+            f"attn_implementation ({name!r}) has no dropout, but attention_dropout is "
+            f"{config.attention_dropout}; set it to 0 or choose 'eager' or 'sdpa'"
         )
 
 

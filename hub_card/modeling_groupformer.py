@@ -41,13 +41,20 @@ from transformers.modeling_outputs import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_groupformer import grow_in_place, new_cache
 from .configuration_groupformer import GroupFormerConfig
-from .masking_groupformer import check_inputs, create_attention_masks, layer_mask_names
+from .masking_groupformer import (
+    check_backend,
+    check_inputs,
+    check_positions,
+    create_attention_masks,
+    layer_mask_names,
+    look_up,
+)
 from .ops_groupformer import (
     OWN_ATTENTION,
     decode_layer,
@@ -58,9 +65,6 @@ from .ops_groupformer import (
     runs_bare,
     takes_one_token,
 )
-
-
-logger = logging.get_logger(__name__)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -441,7 +445,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         # Transformers asks here when the model is built and when the backend is set. Ours comes first, because its own
         # check may load a kernel from the Hub.
         if attn_implementation is not None:
-            self._refuse_backend(attn_implementation)
+            check_backend(self.config, attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def init_parallel_plans(self) -> None:
@@ -468,20 +472,6 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
                 if isinstance(module, GroupFormerAttention):
                     module.own_heads = slice(rank * per_rank, (rank + 1) * per_rank)
         return model
-
-    def _refuse_backend(self, name: str) -> None:
-        if name not in ("eager", *ALL_ATTENTION_FUNCTIONS) and not set(name) & set("/|"):  # of the Hub; "paged|sdpa"
-            return  # nobody knows this name, as transformers then says
-        if self.config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
-            raise ValueError(
-                f"attn_implementation ({name!r}) cannot add the biases of position_embedding_type='alibi'; "
-                "choose 'eager' or 'sdpa'"
-            )
-        if name == "flex_attention" and self.config.attention_dropout > 0:
-            raise ValueError(
-                f"attn_implementation ({name!r}) has no dropout, but attention_dropout is "
-                f"{self.config.attention_dropout}; set it to 0 or choose 'eager' or 'sdpa'"
-            )
 
 
 class GroupFormerModel(GroupFormerPreTrainedModel):
@@ -517,37 +507,6 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
-
-    def check_length(self, position_ids: torch.Tensor) -> None:
-        """Refuses positions beyond the ones that exist; RoPE computes them, and warns once."""
-        if torch.compiler.is_compiling():  # neither a warning nor a look at values belongs in a graph
-            return
-        limit = self.config.max_position_embeddings
-        if self.rotary_emb is not None and position_ids.shape[-1] > limit:
-            logger.warning_once(
-                f"The sequence has {position_ids.shape[-1]} positions, more than max_position_embeddings ({limit}). "
-                "RoPE computes them, but the model was not made for them: quality may fall."
-            )
-        if self.embed_positions is None or position_ids.numel() == 0 or position_ids.is_meta:
-            return
-        if (length := int(position_ids.max()) + 1) > limit:
-            raise ValueError(
-                f"The sequence has {length} positions, but max_position_embeddings ({limit}) is all that "
-                f"position_embedding_type={self.config.position_embedding_type!r} has; shorten or truncate the input"
-            )
-
-    def look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, T, hidden_size) of token ids; on the CPU an id outside the vocabulary is named."""
-        if torch.compiler.is_compiling():
-            return self.embed_tokens(input_ids)
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:
-            outside = input_ids[(input_ids < 0) | (input_ids >= self.embed_tokens.num_embeddings)]
-            raise IndexError(
-                f"input_ids holds {outside[0].item()}, but vocab_size ({self.embed_tokens.num_embeddings}) allows "
-                "only ids from 0 to one less; use the tokenizer of this model, or resize_token_embeddings"
-            ) from error
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
@@ -590,12 +549,12 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         check_inputs(input_ids.shape if inputs_embeds is None else inputs_embeds.shape, attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.look_up(input_ids)
+            inputs_embeds = look_up(self.embed_tokens, input_ids)
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
         if position_ids is None:
             position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
-        self.check_length(position_ids)
+        check_positions(self.config, position_ids)
 
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` may have prepared them

@@ -1,0 +1,196 @@
+"""The lean path of a decoded token: the numbers of a pass without a cache, and no hook or adapter passed over."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import StaticCache
+
+from groupformer import GroupFormerForCausalLM, modeling_groupformer
+from groupformer.ops_groupformer import rms_norm
+
+from .helpers import random_ids, randomize, tiny_config
+
+
+USUAL = {
+    "MHA": {},
+    "GQA": {"num_key_value_heads": 2},
+    "MQA": {"num_key_value_heads": 1},
+    "by layer": {"per_layer_config": {1: {"num_key_value_heads": 2}}},
+    "alibi": {"position_embedding_type": "alibi", "num_key_value_heads": 2},
+    "learned": {
+        "position_embedding_type": "learned",
+        "norm_type": "layer_norm",
+        "norm_bias": True,
+        "mlp_type": "plain",
+    },
+    "sinusoidal": {"position_embedding_type": "sinusoidal"},
+    "no positions": {"position_embedding_type": "none"},
+    "no RoPE in a layer": {"no_rope_layers": [1, 0]},
+    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "multipliers": {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "num_key_value_heads": 2},
+    "window": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+}
+OTHER = {
+    "qk-norm": {"qk_norm": "head"},
+    "partial RoPE": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "parallel residual": {"parallel_residual": True},
+    "norms after": {"norm_position": "after"},
+}
+
+
+@pytest.fixture
+def lean_layers(monkeypatch):
+    """Counts the layers that took the lean path."""
+    taken = []
+
+    def counting(layer, *arguments):
+        taken.append(layer)
+        return decode_layer(layer, *arguments)
+
+    decode_layer = modeling_groupformer.decode_layer
+    monkeypatch.setattr(modeling_groupformer, "decode_layer", counting)
+    return taken
+
+
+def model_of(**overrides):
+    return randomize(GroupFormerForCausalLM(tiny_config(**overrides)))
+
+
+@torch.no_grad()
+def cached_and_whole(model, ids, mask=None, cache=None):
+    """Logits of the last token, after a cache of all before, and of one forward pass without a cache."""
+    before = None if mask is None else mask[:, :-1]
+    cache = model(ids[:, :-1], attention_mask=before, past_key_values=cache, use_cache=True).past_key_values
+    cached = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    return cached, model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+
+
+@pytest.mark.parametrize("variant", USUAL)
+def test_a_token_has_the_logits_of_a_pass_without_a_cache(variant, lean_layers):
+    model = model_of(**USUAL[variant])
+    cached, whole = cached_and_whole(model, random_ids(2, 9))
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert len(lean_layers) == 2
+
+
+@pytest.mark.parametrize("variant", USUAL)
+def test_a_left_padded_row_is_not_disturbed(variant, lean_layers):
+    model, ids, mask = model_of(**USUAL[variant]), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    cached, whole = cached_and_whole(model, ids, mask)
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert len(lean_layers) == 2
+
+
+@pytest.mark.parametrize("variant", OTHER)
+def test_other_layers_take_the_usual_way(variant, lean_layers):
+    cached, whole = cached_and_whole(model_of(**OTHER[variant]), random_ids(2, 9))
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert not lean_layers
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_filled(lean_layers):
+    model = model_of(num_key_value_heads=2)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    cached, whole = cached_and_whole(model, random_ids(2, 9), cache=cache)
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert len(lean_layers) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0",
+        "model.layers.0.self_attn",
+        "model.layers.0.mlp",
+        "model.layers.0.mlp.act_fn",
+        "model.layers.0.input_layernorm",
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.mlp.gate_proj",
+    ],
+)
+def test_a_hook_sees_the_token_in_its_usual_shape(name):
+    model, shapes = model_of(), []
+    cache = model(random_ids(2, 8), use_cache=True).past_key_values
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: shapes.append((output[0] if isinstance(output, tuple) else output).shape[:2])
+    )
+    with torch.no_grad():
+        model(random_ids(2, 1), past_key_values=cache)
+    hook.remove()
+    assert shapes == [(2, 1)]
+
+
+def test_a_global_hook_sees_every_module(lean_layers):
+    model, seen = model_of(), []
+    cache = model(random_ids(2, 8), use_cache=True).past_key_values
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    with torch.no_grad():
+        model(random_ids(2, 1), past_key_values=cache)
+    hook.remove()
+    assert set(seen) == {module for module in model.modules() if not isinstance(module, nn.ModuleList)}
+
+
+def test_a_changed_forward_is_the_one_that_is_called():
+    model = model_of()
+    k_proj = model.model.layers[1].self_attn.k_proj
+    k_proj.forward = lambda states: nn.Linear.forward(k_proj, states) + 1
+    cached, whole = cached_and_whole(model, random_ids(2, 9))
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_act_on_the_token(lean_layers):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model_of(num_key_value_heads=2), lora).eval()
+    cached, whole = cached_and_whole(model, random_ids(2, 9))
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert len(lean_layers) == 2
+
+
+def test_hidden_states_of_a_token_are_those_of_every_layer():
+    model, ids = model_of(), random_ids(2, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        token = model(ids[:, -1:], past_key_values=cache, output_hidden_states=True).hidden_states
+        whole = model(ids, output_hidden_states=True).hidden_states
+    assert len(token) == len(whole) == 3
+    for one, all_tokens in zip(token, whole):
+        torch.testing.assert_close(one, all_tokens[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+def test_other_backends_take_the_usual_way(lean_layers):
+    model = model_of()
+    model.set_attn_implementation("eager")
+    cached, whole = cached_and_whole(model, random_ids(2, 9))
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert not lean_layers
+
+
+def test_gradients_take_the_usual_way(lean_layers):
+    model = model_of()
+    with torch.no_grad():
+        cache = model(random_ids(2, 8), use_cache=True).past_key_values
+    model(random_ids(2, 1), past_key_values=cache).logits.sum().backward()
+    assert not lean_layers and model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+# RMSNorm of a row ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rms_norm_of_a_row_is_that_of_float64(scale):
+    generator = torch.Generator().manual_seed(0)
+    row, weight = torch.randn(1, 1, 64, generator=generator) * scale, torch.randn(64, generator=generator)
+    exact = row.double() / (row.double().square().mean() + 1e-6).sqrt() * weight
+    torch.testing.assert_close(rms_norm(row, weight, 1e-6).double(), exact, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_rms_norm_of_odd_rows_is_torchs(value):
+    row, weight = torch.full((1, 1, 8), value), torch.ones(8)
+    torch.testing.assert_close(
+        rms_norm(row, weight, 0.0), torch.rms_norm(row, weight.shape, weight, 0.0), equal_nan=True
+    )
