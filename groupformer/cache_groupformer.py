@@ -15,12 +15,44 @@ This file travels to the Hub with the modeling file, so it imports nothing but t
 Shapes: B batch, G key-value heads, T new tokens, S tokens seen (cached and new), D head_dim.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# What transformers calls a cache in its calls, outputs and keyword arguments: `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def either_cache_name(function: Callable) -> Callable:
+    """Lets a function with an argument `past_key_values` take it as `cache` too, where transformers calls it so.
+
+    Raises:
+        ValueError: when called with both names.
+    """
+    if CACHE_NAME == "past_key_values":
+        return function
+
+    @functools.wraps(function)
+    def renamed(*args, **kwargs):
+        if CACHE_NAME in kwargs:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("cache and past_key_values are one argument under two names; give only cache")
+            kwargs["past_key_values"] = kwargs.pop(CACHE_NAME)
+        return function(*args, **kwargs)
+
+    return renamed
+
+
+def update_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of a cache's update: the pages of continuous batching, since they came through it, read and change what
+    the attention function is called with."""
+    return {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
 
 
 class Room:

@@ -149,7 +149,7 @@ class GroupFormerConfig(PreTrainedConfig):
     ```"""
 
     model_type = "groupformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # from transformers 5.24 on the latter
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

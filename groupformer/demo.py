@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from .cache_groupformer import CACHE_NAME
 from .loading import load_checked
 
 
@@ -121,7 +122,7 @@ def adapt(model: Any, tokenizer: Any, text: str, output: Path, steps: int, seed:
 def cache_bytes_per_token(model: Any, tokenizer: Any) -> int:
     """Bytes that one token of context really takes in the KV cache, measured on a cache."""
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE_NAME]
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return size // inputs["input_ids"].shape[1]
 

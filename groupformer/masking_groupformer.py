@@ -1,7 +1,8 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
 """Attention masks by layer, with the biases of ALiBi in them, and what a model refuses to compute.
 
-This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the configuration.
+This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the files beside
+it.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads.
 """
@@ -16,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .cache_groupformer import CACHE_NAME, either_cache_name
 from .configuration_groupformer import GroupFormerConfig
 
 
@@ -117,6 +119,7 @@ def check_backend(config: GroupFormerConfig, name: str) -> None:
         )
 
 
+@either_cache_name
 def create_attention_masks(
     config: GroupFormerConfig,
     inputs_embeds: torch.Tensor,
@@ -142,10 +145,10 @@ def create_attention_masks(
             config=config.per_layer_config[layer_idx],
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
             layer_idx=layer_idx,
             allow_is_causal_skip=not uses_alibi,
+            **{CACHE_NAME: past_key_values},
         )
         if uses_alibi:
             mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)

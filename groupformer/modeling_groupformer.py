@@ -45,7 +45,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_groupformer import grow_in_place, new_cache
+from .cache_groupformer import CACHE_NAME, either_cache_name, grow_in_place, new_cache, update_options
 from .configuration_groupformer import GroupFormerConfig
 from .masking_groupformer import (
     check_backend,
@@ -245,6 +245,7 @@ class GroupFormerAttention(nn.Module):
             return projected
         return norm(projected.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -263,7 +264,7 @@ class GroupFormerAttention(nn.Module):
         if position_embeddings is not None and self.uses_rope:
             query, key = turn(query, *position_embeddings), turn(key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, **update_options(kwargs))
         if self.own_heads is not None:
             attention_mask = attention_mask[:, self.own_heads]
 
@@ -414,7 +415,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = [f"GroupFormer{kind}DecoderLayer" for kind in ("", "PostNorm", "Parallel")]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME, "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -521,6 +522,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -578,13 +580,12 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
                 attention_mask=masks[mask_name],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
 
@@ -607,6 +608,7 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -647,9 +649,9 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def can_skip_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
@@ -658,14 +660,14 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         return usual and is_plain(self.lm_head) and not torch.compiler.is_compiling()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         try:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         except AmbiguousGlobalPerLayerAttributeError:  # transformers below 5.19, see `new_cache`
             if generation_config.cache_implementation is not None:
                 raise
-            model_kwargs["past_key_values"] = new_cache(self.config)
-        cache = model_kwargs.get("past_key_values")
+            model_kwargs[CACHE_NAME] = new_cache(self.config)
+        cache = model_kwargs.get(CACHE_NAME)
         if given is None and type(cache) is DynamicCache:
             grow_in_place(cache)
 
@@ -728,6 +730,7 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
     @can_return_tuple
+    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -757,9 +760,9 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 
 
@@ -172,7 +173,7 @@ def takes_one_token(
     """Whether a model may compute these hidden states (B, T, hidden_size) by `decode_layer`."""
     return (
         hidden_states.shape[1] == 1
-        and past_key_values is not None
+        and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
         and attention_function is transformers_sdpa
         and not model.training
         and not torch.is_grad_enabled()

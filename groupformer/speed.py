@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .cache_groupformer import CACHE_NAME
+
 
 def measure(
     models: dict[str, Any],
@@ -68,10 +70,10 @@ def time_once(model: Any, context: int, batch: int, new_tokens: int) -> tuple[fl
     token = output.logits[:, -1:].argmax(-1)
     prefilled = now(model.device)
     for _ in range(new_tokens - 1):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **{CACHE_NAME: output[CACHE_NAME]})
         token = output.logits[:, -1:].argmax(-1)
     ended = now(model.device)
-    layers = output.past_key_values.layers
+    layers = output[CACHE_NAME].layers
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
     return prefilled - started, (ended - prefilled) / (new_tokens - 1), held
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.cache_groupformer import GrowingLayer, GrowingSlidingWindowLayer, grow_in_place
+from groupformer.cache_groupformer import CACHE_NAME, GrowingLayer, GrowingSlidingWindowLayer, grow_in_place
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -132,9 +132,26 @@ def test_windows_get_growing_windows():
 
 def test_another_cache_that_is_passed_stays_as_it_is(model):
     given = DynamicCache(config=model.config)
-    model.generate(random_ids(1, 5), max_new_tokens=3, past_key_values=given)
+    model.generate(random_ids(1, 5), max_new_tokens=3, **{CACHE_NAME: given})
     assert [type(layer) for layer in given.layers] == [DynamicLayer] * 2
     assert given.get_seq_length() == 7
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_and_given_by_the_name_that_transformers_uses_and_by_the_old_one(model):
+    ids = random_ids(1, 6)
+    whole = model(ids).logits[:, -1]
+    for name in {CACHE_NAME, "past_key_values"}:
+        before = model(ids[:, :-1], use_cache=True)
+        assert before.past_key_values is before[CACHE_NAME]
+        torch.testing.assert_close(model(ids[:, -1:], **{name: before[CACHE_NAME]}).logits[:, -1], whole)
+
+
+@pytest.mark.skipif(CACHE_NAME == "past_key_values", reason="this version of transformers knows one name only")
+def test_a_cache_under_both_names_is_refused(model):
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="give only cache"):
+        model(random_ids(1, 6), cache=cache, past_key_values=cache)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from groupformer import GroupFormerForCausalLM, GroupFormerModel
+from groupformer.cache_groupformer import CACHE_NAME
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -106,7 +107,7 @@ def test_assisted_decoding_gives_the_models_own_tokens(variant):
 def test_a_cache_that_is_passed_is_the_one_that_is_used():
     model = build()
     cache = DynamicCache(config=model.config)
-    passed = model.generate(random_ids(1, 6), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    passed = model.generate(random_ids(1, 6), max_new_tokens=4, do_sample=False, **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 9
     assert torch.equal(passed, model.generate(random_ids(1, 6), max_new_tokens=4, do_sample=False))
 
@@ -150,7 +151,7 @@ def test_more_positions_than_there_are_are_refused(position):
 
 
 def test_rope_goes_beyond_its_positions_with_one_warning():
-    from groupformer.modeling_groupformer import logger
+    from groupformer.masking_groupformer import logger
 
     messages = []
     model = build(max_position_embeddings=8)
