@@ -173,7 +173,17 @@ def draw(study: dict[str, Any], size: int, path: Path) -> None:
         fewest = min(line)
         share = f"{line[fewest] / start - 1:+.1%}".replace("%", " %")
         place = (size * fewest, line[fewest])
-        axes.annotate(share, place, xytext=(12, -4), textcoords="offset points", color=color, weight="bold")
+        behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+        axes.annotate(
+            share,
+            place,
+            bbox=behind,
+            xytext=(12, -4),
+            textcoords="offset points",
+            color=color,
+            weight="bold",
+            zorder=9,
+        )
     scratch = points(study, part="scratch")
     sizes = [size * heads for heads in scratch]
     axes.plot(sizes, scratch.values(), color=SCRATCH, marker="x", markersize=9, linewidth=0, label="from scratch")
@@ -257,7 +267,7 @@ def decode_table(study: dict[str, Any]) -> str:
     """What decoding costs, by count."""
     sizes = scores(study, "cache_bytes_per_token", part="speed")
     speeds = scores(study, "tokens_per_second", part="speed")
-    base = speeds[max(speeds)][0]
+    base = speeds[max(speeds)][0] if speeds else 1.0
     rows = [
         [str(count), f"{sizes[count][0]:,.0f}", f"{speed[0]:,.0f}", f"{speed[0] / base:.2f}"]
         for count, speed in speeds.items()
