@@ -16,7 +16,6 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 """
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 
@@ -60,6 +59,7 @@ from .ops_groupformer import (
     decode_layer,
     head_cross_entropy,
     is_plain,
+    is_row,
     project,
     rms_norm,
     runs_bare,
@@ -212,27 +212,27 @@ class GroupFormerAttention(nn.Module):
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__()
         layer_config = config.per_layer_config[layer_idx]
+        hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, layer_config.num_key_value_heads
         # The model's own config, not the layer's: backends look up their choice here, and it may change later.
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // layer_config.num_key_value_heads
+        self.num_key_value_groups = heads // kv_heads
         multiplier = layer_config.attention_multiplier
         self.scaling = self.head_dim**-0.5 if multiplier is None else multiplier
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
         slides = config.layer_types[layer_idx] == "sliding_attention"
         # Flash attention counts a window with its own token, transformers' bidirectional masks without it.
-        self.sliding_window = layer_config.sliding_window + (not config.is_causal) if slides else None
+        self.sliding_window = layer_config.sliding_window + (not self.is_causal) if slides else None
         self.own_heads: slice | None = None  # of a mask with biases by head, this tensor parallel rank's part
         self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
 
-        query_size = config.num_attention_heads * self.head_dim
-        key_size = layer_config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        bias, query_size, key_size = config.attention_bias, heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=config.attention_output_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
@@ -566,14 +566,13 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if self.rotary_emb is not None:  # one for all heads
             position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
-        attention_function = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
-        one_token = takes_one_token(self, hidden_states, attention_function, past_key_values)
-        layers = zip(self.mask_names, self.layers)
-        for mask_name, decoder_layer in itertools.islice(layers, self.config.num_hidden_layers):
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        one_token = takes_one_token(self, hidden_states, attention, past_key_values)
+        for mask_name, decoder_layer in zip(self.mask_names[: self.config.num_hidden_layers], self.layers):
             if one_token and decoder_layer.takes_one_token():
-                hidden_states = decode_layer(
-                    decoder_layer, hidden_states[:, 0], masks[mask_name], position_embeddings, past_key_values
-                )[:, None]
+                token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)
+                token = decode_layer(decoder_layer, token, masks[mask_name], position_embeddings, past_key_values)
+                hidden_states = token.view(hidden_states.shape)
                 continue
             hidden_states = decoder_layer(
                 hidden_states,

@@ -190,21 +190,30 @@ def decode_layer(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     past_key_values: Any,
 ) -> torch.Tensor:
-    """A layer with norms before its sublayers, for one new token: `layer(hidden_states[:, None], …)[:, 0]`.
+    """A layer with norms before its sublayers, for one new token: `layer(hidden_states, …)`, without dimension T.
 
     Args:
-        hidden_states: (B, hidden_size).
+        hidden_states: (B, hidden_size); or (hidden_size,) of a single sequence, where `is_row` says so.
         attention_mask: (B, 1 or H, 1, S), additive or boolean, or `None`.
         position_embeddings: Cosines and signed sines (B or 1, 1, 1, D), or `None`.
         past_key_values: The cache, which is extended.
     """
     modules, scale = layer.__dict__["_modules"], layer.residual_multiplier
-    normed = call(modules["input_layernorm"], hidden_states)
-    output = decode_attention(modules["self_attn"], normed, attention_mask, position_embeddings, past_key_values)
-    hidden_states = hidden_states + (output if scale == 1.0 else output * scale)
-    normed, mlp = call(modules["post_attention_layernorm"], hidden_states), modules["mlp"]
-    output = decode_mlp(mlp, normed) if runs_bare(mlp) else call(mlp, normed)
-    return hidden_states + (output if scale == 1.0 else output * scale)
+    normed, attention, mlp = call(modules["input_layernorm"], hidden_states), modules["self_attn"], modules["mlp"]
+    read = decode_attention(attention, normed, attention_mask, position_embeddings, past_key_values)
+    hidden_states = add_product(hidden_states, attention.__dict__["_modules"]["o_proj"], read, scale)
+    normed = call(modules["post_attention_layernorm"], hidden_states)
+    if not runs_bare(mlp):
+        return hidden_states.add(call(mlp, normed), alpha=scale)
+    return add_product(hidden_states, mlp.__dict__["_modules"]["down_proj"], decode_mlp(mlp, normed), scale)
+
+
+def is_row(hidden_states: torch.Tensor) -> bool:
+    """Whether hidden states (B, 1, hidden_size) are computed as a vector: a product with a matrix is then one call.
+
+    In float32 on a CPU; elsewhere products of matrices have the better kernels.
+    """
+    return hidden_states.shape[0] == 1 and hidden_states.is_cpu and hidden_states.dtype is torch.float32
 
 
 def decode_attention(
@@ -214,9 +223,12 @@ def decode_attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     past_key_values: Any,
 ) -> torch.Tensor:
-    """Attention without norms on queries and keys, for one new token (B, hidden_size): both are turned together, and
-    since the token is alone, no dimension needs to change its place."""
-    modules, head_dim, batch = attention.__dict__["_modules"], attention.head_dim, hidden_states.shape[0]
+    """What the heads read for one new token, before the output projection; without norms on queries and keys.
+
+    Queries and keys are turned together, and since the token is alone, no dimension needs to change its place.
+    """
+    modules, head_dim, size = attention.__dict__["_modules"], attention.head_dim, hidden_states.shape[:-1]
+    batch = size[0] if size else 1
     query = product(modules["q_proj"], hidden_states)
     key = product(modules["k_proj"], hidden_states)
     value = product(modules["v_proj"], hidden_states).view(batch, -1, 1, head_dim)
@@ -236,16 +248,14 @@ def decode_attention(
         attn_mask=attention_mask,
         scale=attention.scaling,
     )
-    return product(modules["o_proj"], output.reshape(batch, -1))
+    return output.reshape(*size, -1)
 
 
 def decode_mlp(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """A plain or gated MLP, for one new token (B, hidden_size)."""
+    """A plain or gated MLP for one new token, before its last projection."""
     modules = mlp.__dict__["_modules"]
     up, gate = product(modules["up_proj"], hidden_states), modules.get("gate_proj")
-    if gate is None:
-        return product(modules["down_proj"], call(modules["act_fn"], up))
-    return product(modules["down_proj"], call(modules["act_fn"], product(gate, hidden_states)) * up)
+    return call(modules["act_fn"], up) if gate is None else call(modules["act_fn"], product(gate, hidden_states)) * up
 
 
 def call(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -253,17 +263,30 @@ def call(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
     A module that has hooks, an adapter or the like gets (B, 1, features), as it would elsewhere.
     """
-    return module.forward(hidden_states) if runs_bare(module) else module(hidden_states.unsqueeze(1)).squeeze(1)
+    if runs_bare(module):
+        return module.forward(hidden_states)
+    output = module(hidden_states.view(-1, 1, hidden_states.shape[-1]))
+    return output.view(*hidden_states.shape[:-1], output.shape[-1])
 
 
 def product(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`linear(hidden_states)`, likewise."""
     if not is_plain(linear):
-        return linear(hidden_states.unsqueeze(1)).squeeze(1)
+        return call(linear, hidden_states)
     if PREFERS_ONEDNN:
         return project(linear, hidden_states)
     parameters = linear.__dict__["_parameters"]
-    return nn.functional.linear(hidden_states, parameters["weight"], parameters["bias"])
+    weight, bias = parameters["weight"], parameters["bias"]
+    if hidden_states.dim() == 1 and bias is None:
+        return torch.mv(weight, hidden_states)
+    return nn.functional.linear(hidden_states, weight, bias)
+
+
+def add_product(residual: torch.Tensor, linear: nn.Module, hidden_states: torch.Tensor, scale: float) -> torch.Tensor:
+    """`residual + scale * linear(hidden_states)`."""
+    if hidden_states.dim() == 1 and not PREFERS_ONEDNN and is_plain(linear) and linear.bias is None:
+        return torch.addmv(residual, linear.weight, hidden_states, alpha=scale)
+    return residual.add(product(linear, hidden_states), alpha=scale)
 
 
 # Loss ----------------------------------------------------------------------------------------------------------------
