@@ -154,8 +154,10 @@ class GroupFormerRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)  # (B, T, rotary_dim)
 
 
@@ -566,8 +568,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if self.rotary_emb is not None:  # one for all heads
             position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
-        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
-        one_token = takes_one_token(self, hidden_states, attention, past_key_values)
+        one_token = takes_one_token(self, hidden_states, past_key_values)
         for mask_name, decoder_layer in zip(self.mask_names[: self.config.num_hidden_layers], self.layers):
             if one_token and decoder_layer.takes_one_token():
                 token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 # Products ------------------------------------------------------------------------------------------------------------
@@ -101,6 +102,9 @@ def product_in_bands(
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
+NOTHING = torch.zeros(())  # to add to, where only a product with a number is wanted
+
+
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Torch's RMSNorm; of a single row on the CPU, where that is six operations, by a dot product in two."""
     if (
@@ -115,7 +119,7 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         row = hidden_states.reshape(-1)
         mean_square = torch.dot(row, row).item() / row.shape[0]
         if mean_square + eps > 0:  # neither zeros without an eps, nor NaN
-            return (hidden_states * weight).mul_((mean_square + eps) ** -0.5)
+            return torch.addcmul(NOTHING, hidden_states, weight, value=(mean_square + eps) ** -0.5)
     return torch.rms_norm(hidden_states, weight.shape, weight, eps)
 
 
@@ -167,14 +171,12 @@ OWN_ATTENTION: dict[Any, Any] = {transformers_sdpa: sdpa_attention_forward}
 # called by as few, and with as little Python between them, as their order allows. What is computed is the same.
 
 
-def takes_one_token(
-    model: nn.Module, hidden_states: torch.Tensor, attention_function: Any, past_key_values: Any | None
-) -> bool:
+def takes_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> bool:
     """Whether a model may compute these hidden states (B, T, hidden_size) by `decode_layer`."""
     return (
         hidden_states.shape[1] == 1
         and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
-        and attention_function is transformers_sdpa
+        and ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is transformers_sdpa
         and not model.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
