@@ -90,16 +90,17 @@ test-docs: $(DOCS_READY)  ## Run every command and program of the README, the tu
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
 
-# The textbooks' folder, with train-, validation- and test-*.parquet; hours on a CPU, and it goes on where it stopped.
+# The textbooks' folder, with train-, validation- and test-*.parquet; days on a CPU, and it goes on where it stopped.
+# On a GPU: benchmarks/study_on_gpu.py.
 DATA ?= ../shared/data/textbooks
-STUDY := HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --data $(DATA) --documents 10 --output runs/study
+STUDY := HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --data $(DATA) --batch-size 16 --output runs/study
 study: $(READY)  ## Measure what fewer KV heads cost, before and after uptraining
 	test -d runs/tokenizer-4096 || $(BIN)/groupformer tokenizer train --prose '$(DATA)/train-*.parquet' \
 		--vocab-size 4096 --output runs/tokenizer-4096
 	HF_HUB_OFFLINE=1 $(BIN)/groupformer pretrain recipes/learned.yaml --train-file '$(DATA)/train-*.parquet' \
 		--validation-file '$(DATA)/validation-*.parquet' --output runs/learned --resume
-	$(STUDY) --checkpoint runs/learned --recipe recipes/learned.yaml --batch-size 4
-	$(STUDY) --checkpoint hub_card --recipe recipes/reference.yaml --pretraining-tokens 5324800
+	$(STUDY) --checkpoint runs/learned --recipe recipes/learned.yaml
+	$(STUDY) --checkpoint hub_card --recipe recipes/reference.yaml --pretraining-tokens 36569088
 	$(MAKE) figures
 
 figures: $(READY)  ## Draw the study's pictures and write its tables, from the measured results
