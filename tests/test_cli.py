@@ -141,6 +141,7 @@ def test_a_name_that_the_hub_does_not_give_is_named():
 CTRL_C = """
 import os, signal, sys, types
 from groupformer import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that a shell starts in the background ignore it
 sys.stdin = types.SimpleNamespace(read=lambda: os.kill(os.getpid(), signal.SIGINT) or "text")
 sys.argv = ["groupformer", "generate", "hub_card", "-"]
 cli.main()
