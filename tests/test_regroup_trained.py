@@ -56,12 +56,17 @@ def losses(request):
 
 
 @pytest.mark.parametrize("count", [4, 2, 1])
+def test_mean_and_first_lose_less_than_random(losses, count):
+    assert max(losses[count, "mean"], losses[count, "first"]) < losses[count, "random"]
+
+
+@pytest.mark.parametrize("count", [4, 2, 1])
 def test_methods_lose_in_the_papers_order(losses, count, request):
     if count == 1 and "sample" in request.node.callspec.id:
-        # One head for eight leaves mean and first both at the loss of a guess (2.75 and 2.77 nats above): the
-        # sample's few hundred words cannot order them, the textbooks can.
-        assert max(losses[1, "mean"], losses[1, "first"]) < losses[1, "random"]
-        return
+        pytest.skip("one head for eight: a few hundred words cannot order the mean and the first, the textbooks can")
+    if count == 1:
+        reason = "one head for eight: the mean of all is worse than the first one, which the paper does not say of T5"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=f"{reason} (docs/regroup.md)"))
     assert losses[count, "mean"] < losses[count, "first"] < losses[count, "random"]
 
 
