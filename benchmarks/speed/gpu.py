@@ -8,7 +8,7 @@ For each shape and head count: prefill of 2,048 tokens, decoding at 1,024 eager 
 static cache, a training step eager and compiled, each for every attention backend that is installed; beside
 transformers' Llama with the same weights. Model FLOPs utilisation (MFU) is the share of --peak-tflops, and decoding's
 share that of --peak-bandwidth (bytes a second). Without them the vendor's are taken where the GPU is in `PEAKS`, and
-elsewhere what it reaches in the script's own measurement. It has not been run on a GPU yet.
+elsewhere what it reaches in the script's own measurement. Its numbers of an H200 are in docs/benchmarks.md.
 """
 
 import argparse
