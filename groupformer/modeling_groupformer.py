@@ -81,9 +81,7 @@ class GroupFormerRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if (
-            weight.dtype != hidden_states.dtype
-        ):  # of norms that PEFT keeps in float32; the residual stream keeps its own
+        if weight.dtype != hidden_states.dtype:  # PEFT keeps norms in float32, the residual stream its own dtype
             weight = weight.to(hidden_states.dtype)
         return rms_norm(hidden_states, weight, self.variance_epsilon)
 

@@ -9,6 +9,8 @@ This file travels to the Hub with the modeling file, so it imports nothing but t
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
+import functools
+import math
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -143,22 +145,88 @@ def sdpa_attention_forward(
     kv_heads, seen = key.shape[1], key.shape[2]
     group = heads // kv_heads
     follows_cached = length < seen and (length == 1 or attention_mask is not None)
-    if group == 1 or not follows_cached or "cache" in kwargs or torch.compiler.is_compiling():
+    many_of_own = group == 1 and length > 1
+    if many_of_own or not follows_cached or "cache" in kwargs or torch.compiler.is_compiling():
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None:
+    if attention_mask is not None and group > 1:
         rows = attention_mask.shape[0]
         if attention_mask.shape[1] == 1:
             attention_mask = attention_mask.unsqueeze(2).expand(rows, 1, group, length, seen)
         attention_mask = attention_mask.reshape(rows, -1, group * length, seen)
-    output = nn.functional.scaled_dot_product_attention(
-        query.reshape(batch, kv_heads, group * length, head_dim),
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=kwargs.get("dropout", 0.0),
-        scale=kwargs.get("scaling"),
-    )
+    query = query.reshape(batch, kv_heads, group * length, head_dim)
+    output = attend(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Torch's attention of queries (B, G, any, D) that see all keys (B, G, S, D) which the mask does not hide."""
+    parts = parts_of_keys(query, key, value) if attention_mask is None and dropout == 0.0 else 1
+    if parts > 1:
+        return attend_in_parts(query, key, value, parts, scale)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale)
+
+
+MANY_KEYS = 2048  # below, joining the parts takes as long as is won
+FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def parts_of_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """In how many parts to read the keys of one sequence, so that each CPU thread reads as much as the others.
+
+    Torch's kernel gives a thread whole heads: of 3 KV heads one of two threads reads two, and of 1 the other none.
+    """
+    if key.shape[2] < MANY_KEYS or key.shape[0] > 1 or not key.is_cpu or FLASH_ON_CPU is None:
+        return 1
+    heads, threads = key.shape[1], torch.get_num_threads()
+    parts = threads // math.gcd(heads, threads)
+    suits = (
+        query.dtype == key.dtype == value.dtype
+        and key.shape[3] == value.shape[3]
+        and key.stride(3) == value.stride(3) == 1
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+    return min(parts, key.shape[2] * 4 // MANY_KEYS) if suits else 1
+
+
+def attend_in_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: int, scale: float | None
+) -> torch.Tensor:
+    """Attention of queries (1, G, any, D) with every part of the keys as a head of its own, then joined.
+
+    Each part's output counts by the share of its `exp(scores)` in their sum over all parts, which the kernel returns
+    as a logarithm (Dao et al. 2023, Flash-Decoding).
+    """
+    heads, seen, head_dim = key.shape[1:]
+    step = seen // parts
+    length = seen - step * (parts - 1)
+    queries = query.squeeze(0).unsqueeze(1).expand(heads, parts, query.shape[2], head_dim)
+    keys = key.as_strided((heads, parts, length, head_dim), (key.stride(1), step * key.stride(2), key.stride(2), 1))
+    values = value.as_strided(
+        (heads, parts, length, head_dim), (value.stride(1), step * value.stride(2), value.stride(2), 1)
+    )
+    mask = mask_of_parts(parts, step, length, query.dtype)
+    outputs, logarithms = FLASH_ON_CPU(queries, keys, values, attn_mask=mask, scale=scale)  # type: ignore[misc]
+    shares = torch.softmax(logarithms, dim=1).unsqueeze(-1).to(outputs.dtype)
+    return (outputs * shares).sum(dim=1).unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=4)  # one for all layers of a token; windows can differ by layer
+def mask_of_parts(parts: int, step: int, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Hides (1, parts, 1, length) the keys that a part shares with the next, where S is no multiple of parts."""
+    if length == step:
+        return None
+    mask = torch.zeros(1, parts, 1, length, dtype=dtype)
+    mask[:, :-1, :, step:] = -torch.inf
+    return mask
 
 
 # Transformers' attention functions that have a faster counterpart here.
@@ -243,14 +311,8 @@ def decode_attention(
     key, value = past_key_values.update(states.narrow(1, heads, kv_heads), value, attention.layer_idx)
     if attention_mask is not None and attention_mask.shape[1] > 1:  # biases of each head
         attention_mask = attention_mask.reshape(attention_mask.shape[0], kv_heads, -1, attention_mask.shape[-1])
-    output = nn.functional.scaled_dot_product_attention(
-        states.narrow(1, 0, heads).view(batch, kv_heads, -1, head_dim),
-        key,
-        value,
-        attn_mask=attention_mask,
-        scale=attention.scaling,
-    )
-    return output.reshape(*size, -1)
+    query = states.narrow(1, 0, heads).view(batch, kv_heads, -1, head_dim)
+    return attend(query, key, value, attention_mask, attention.scaling).reshape(*size, -1)
 
 
 def decode_mlp(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import StaticCache
 
 from groupformer import GroupFormerForCausalLM, modeling_groupformer
-from groupformer.ops_groupformer import rms_norm
+from groupformer.ops_groupformer import attend, attend_in_parts, parts_of_keys, rms_norm
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -194,3 +194,74 @@ def test_rms_norm_of_odd_rows_is_torchs(value):
     torch.testing.assert_close(
         rms_norm(row, weight, 0.0), torch.rms_norm(row, weight.shape, weight, 0.0), equal_nan=True
     )
+
+
+def long_cache(kv_heads, seen, dtype=torch.float32, group=3):
+    """Queries, keys and values of one token of one sequence, the latter two as views of a longer memory."""
+    memory = torch.randn(2, 1, kv_heads, seen + seen // 4, 16, dtype=torch.float64)
+    memory[:, :, :, seen:] = float("nan")  # what lies behind must not be read
+    key, value = memory[:, :, :, :seen].to(dtype)
+    return torch.randn(1, kv_heads, group, 16, dtype=dtype), key, value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("kv_heads, group, seen, parts", [(1, 8, 64, 2), (3, 3, 65, 2), (3, 1, 67, 4), (2, 2, 100, 3)])
+def test_keys_in_parts_are_attended_to_as_in_one(kv_heads, group, seen, parts, dtype, tolerance):
+    query, key, value = long_cache(kv_heads, seen, dtype, group)
+    weights = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.3, dim=-1)
+    output = attend_in_parts(query, key, value, parts, scale=0.3)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), weights @ value.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and afterwards the one from before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads, count, parts", [(1, 2, 2), (3, 2, 2), (8, 2, 1), (3, 1, 1), (3, 8, 8), (2, 64, 8)])
+def test_threads_read_equal_shares_of_the_keys(kv_heads, count, parts, threads):
+    threads(count)
+    assert parts_of_keys(*long_cache(kv_heads, 4100)) == parts
+    assert parts_of_keys(*long_cache(kv_heads, 500)) == 1  # not worth it
+
+
+def test_keys_are_not_parted_where_gradients_flow(threads):
+    threads(2)
+    query, key, value = (states.requires_grad_() for states in long_cache(1, 4100))
+    attend(query, key, value, None, 0.25).sum().backward()
+    assert all(states.grad.isfinite().all() for states in (query, key, value))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "window"])
+def test_long_caches_are_read_in_parts_by_either_path(variant, monkeypatch, threads, lean_layers):
+    threads(3)
+    monkeypatch.setattr("groupformer.ops_groupformer.MANY_KEYS", 8)
+    model, token_ids = model_of(**USUAL[variant]), random_ids(1, 20)
+    expected = model(token_ids).logits[:, -1]
+    for lean in (True, False):
+        cache = model(token_ids[:, :-1], use_cache=True).past_key_values
+        handle = None if lean else model.model.layers[0].register_forward_hook(lambda *_: None)
+        parts = []
+        monkeypatch.setattr("groupformer.ops_groupformer.attend_in_parts", counting(parts))
+        logits = model(token_ids[:, -1:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        assert parts and set(parts) == {3}
+        if handle is not None:
+            handle.remove()
+
+
+def counting(parts):
+    """`attend_in_parts`, noting in how many."""
+
+    def count(query, key, value, number, scale):
+        parts.append(number)
+        return attend_in_parts(query, key, value, number, scale)
+
+    return count
