@@ -146,7 +146,9 @@ def sdpa_attention_forward(
     group = heads // kv_heads
     follows_cached = length < seen and (length == 1 or attention_mask is not None)
     many_of_own = group == 1 and length > 1
-    if many_of_own or not follows_cached or "cache" in kwargs or torch.compiler.is_compiling():
+    # In graphs a token that reads a static cache on the CPU; a GPU has more to do at once with keys repeated.
+    in_graph = torch.compiler.is_compiling() and not (query.is_cpu and length == 1 and attention_mask is not None)
+    if many_of_own or not follows_cached or "cache" in kwargs or in_graph:
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and group > 1:
         rows = attention_mask.shape[0]

@@ -50,6 +50,22 @@ def test_decoding_is_one_graph_that_is_compiled_once(shape):
     assert torch.allclose(compiled, decode(model, model.forward, prompt, 8), atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["gqa, rope", "mqa, alibi", "qk norm"])
+def test_a_compiled_token_reads_a_static_cache_without_repeating_its_heads(shape):
+    model = model_of(shape).eval()
+    keys = []
+
+    def look(graph, _):
+        attends = torch.nn.functional.scaled_dot_product_attention
+        keys.extend(node.args[1].meta["example_value"] for node in graph.graph.nodes if node.target is attends)
+        return graph
+
+    decode(model, torch.compile(model.forward, fullgraph=True, backend=look), random_ids(1, 5), 3)
+    assert len(keys) == model.config.num_hidden_layers
+    assert {key.shape[1] for key in keys} == {model.config.num_key_value_heads}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_is_one_graph_that_is_compiled_once(shape):
     model = model_of(shape).train()
