@@ -59,28 +59,44 @@ def runs_bare(module: nn.Module) -> bool:
 
 
 def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`, at float32 inference by what is faster than MKL: bands for few rows, oneDNN for more.
+    """`linear(hidden_states)`, at inference on a CPU by what is faster where that is known.
+
+    In float32, where MKL is slow, in bands for few rows and by oneDNN for more; a row of bfloat16, where MKL is not,
+    as a matrix-vector product, which reads the weight 1.4 times as fast.
 
     `torch.backends.mkldnn.flags(enabled=False)` turns it off, for those who compare with other models bit by bit.
     """
-    if (
-        PREFERS_ONEDNN
-        and hidden_states.dtype is torch.float32
-        and hidden_states.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and is_plain(linear)
-        and linear.weight.dtype is torch.float32
-        and linear.weight.is_cpu
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0  # flop counters and fake tensors want to see the plain product
-    ):
-        rows, bands = hidden_states.numel() // hidden_states.shape[-1], 2 * torch.get_num_threads()
+    dtype, inputs = hidden_states.dtype, hidden_states.shape[-1]
+    if PREFERS_ONEDNN and dtype is torch.float32 and is_plain_inference(linear, hidden_states):
+        rows, bands = hidden_states.numel() // inputs, 2 * torch.get_num_threads()
         if 0 < rows <= FEW_ROWS and linear.weight.shape[0] % bands == 0 and linear.weight.is_contiguous():
             return product_in_bands(hidden_states, linear.weight, linear.bias, rows, bands)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, linear.weight, linear.bias, "none", [], "")
+    if (
+        not PREFERS_ONEDNN
+        and dtype is torch.bfloat16
+        and hidden_states.numel() == inputs
+        and is_plain_inference(linear, hidden_states)
+        and linear.bias is None
+    ):
+        return torch.mv(linear.weight, hidden_states.reshape(inputs)).view(*hidden_states.shape[:-1], -1)
     return linear(hidden_states)
+
+
+def is_plain_inference(linear: nn.Module, hidden_states: torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Whether a product is one of a CPU's plain matrices, without gradients, and nothing looks on."""
+    return (
+        hidden_states.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and is_plain(linear)
+        and linear.weight.dtype is hidden_states.dtype
+        and linear.weight.is_cpu
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0  # flop counters and fake tensors want to see the plain product
+    )
 
 
 FEW_ROWS = 8  # below, reading the weight takes longer than multiplying by it
@@ -105,23 +121,27 @@ def product_in_bands(
 
 
 NOTHING = torch.zeros(())  # to add to, where only a product with a number is wanted
+ROW_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Torch's RMSNorm; of a single row on the CPU, where that is six operations, by a dot product in two."""
     if (
         hidden_states.numel() == weight.numel()
-        and hidden_states.dtype is torch.float32
+        and hidden_states.dtype in ROW_DTYPES
         and hidden_states.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
     ):
-        row = hidden_states.reshape(-1)
+        is_wide = hidden_states.dtype is torch.float32
+        wide = hidden_states if is_wide else hidden_states.float()
+        row = wide.reshape(-1)
         mean_square = torch.dot(row, row).item() / row.shape[0]
         if mean_square + eps > 0:  # neither zeros without an eps, nor NaN
-            return torch.addcmul(NOTHING, hidden_states, weight, value=(mean_square + eps) ** -0.5)
+            normed = torch.addcmul(NOTHING, wide, weight, value=(mean_square + eps) ** -0.5)
+            return normed if is_wide else normed.to(hidden_states.dtype)
     return torch.rms_norm(hidden_states, weight.shape, weight, eps)
 
 
@@ -283,9 +303,9 @@ def decode_layer(
 def is_row(hidden_states: torch.Tensor) -> bool:
     """Whether hidden states (B, 1, hidden_size) are computed as a vector: a product with a matrix is then one call.
 
-    In float32 on a CPU; elsewhere products of matrices have the better kernels.
+    In float32 and bfloat16 on a CPU; elsewhere products of matrices have the better kernels.
     """
-    return hidden_states.shape[0] == 1 and hidden_states.is_cpu and hidden_states.dtype is torch.float32
+    return hidden_states.shape[0] == 1 and hidden_states.is_cpu and hidden_states.dtype in ROW_DTYPES
 
 
 def decode_attention(

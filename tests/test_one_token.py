@@ -75,6 +75,16 @@ def test_a_token_has_the_logits_of_a_pass_without_a_cache(variant, lean_layers):
 
 
 @pytest.mark.parametrize("variant", USUAL)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_row_has_the_logits_of_float64(variant, dtype, tolerance, lean_layers):
+    model, ids = model_of(**USUAL[variant]).to(dtype), random_ids(1, 9)
+    cached, _ = cached_and_whole(model, ids)
+    assert len(lean_layers) == 2 and cached.dtype == dtype
+    _, exact = cached_and_whole(model.double(), ids)
+    torch.testing.assert_close(cached.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", USUAL)
 def test_a_left_padded_row_is_not_disturbed(variant, lean_layers):
     model, ids, mask = model_of(**USUAL[variant]), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
@@ -185,6 +195,15 @@ def test_rms_norm_of_a_row_is_that_of_float64(scale):
     row, weight = torch.randn(1, 1, 64, generator=generator) * scale, torch.randn(64, generator=generator)
     exact = row.double() / (row.double().square().mean() + 1e-6).sqrt() * weight
     torch.testing.assert_close(rms_norm(row, weight, 1e-6).double(), exact, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_rms_norm_of_a_row_of_bfloat16_is_rounded_once():
+    row, weight = torch.randn(1, 1, 64).bfloat16(), torch.randn(64).bfloat16()
+    exact = row.double() / (row.double().square().mean() + 1e-6).sqrt() * weight.double()
+    normed = rms_norm(row, weight, 1e-6)
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed.double(), exact, rtol=2**-8, atol=1e-6)
 
 
 @torch.no_grad()

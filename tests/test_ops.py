@@ -173,6 +173,18 @@ def test_faster_products_give_the_product(onednn, shape, outputs, bias):
         torch.testing.assert_close(project(linear, hidden).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_bfloat16_are_rounded_once(monkeypatch, shape, bias):
+    monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
+    linear, hidden = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16), torch.randn(*shape, 64, dtype=torch.bfloat16)
+    exact = hidden.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
+    output = project(linear, hidden)
+    assert output.shape == (*shape, 48) and output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 def test_a_weight_that_is_a_transposed_view_is_not_cut_into_bands(onednn):
     linear, hidden = nn.Linear(64, 48), torch.randn(1, 1, 64)
     linear.weight.data = torch.randn(64, 48).t()

@@ -102,7 +102,7 @@ def prefill(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def decode(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Greedy `generate` at batch 1; at the longest context also without any sharing."""
+    """Greedy `generate` at batch 1; at the longest context also without sharing. In bfloat16 where that is fast."""
     for kv_heads in (setting.kv_heads, setting.of().config.num_attention_heads):
         shape = setting.of(kv_heads)
         models = pair(shape, setting.device)
@@ -115,6 +115,13 @@ def decode(setting: Setting) -> Iterator[dict[str, Any]]:
                     runs |= {name: peer.run("decode", context, setting.tokens) for name, peer in peers.items()}
                 case = f"decode at {context}, {kv_heads} KV heads, float32"
                 yield row(case, alternate(runs, setting.rounds), bytes=shape.decode_bytes(context))
+    if "bfloat16" in fast_dtypes(setting.device):
+        shape = setting.of(dtype="bfloat16")
+        models = pair(shape, setting.device)
+        for context in setting.contexts:
+            runs = {name: torch_runs.decode(model, context, setting.tokens) for name, model in models.items()}
+            case = f"decode at {context}, {setting.kv_heads} KV heads, bfloat16"
+            yield row(case, alternate(runs, setting.rounds), bytes=shape.decode_bytes(context))
 
 
 def batch(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -150,7 +157,10 @@ def compiled(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def int8(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Weights of eight bits: torchao's weight-only quantization, where installed, beside llama.cpp's Q8_0."""
+    """Weights of eight bits: torchao's weight-only quantization, where installed, beside llama.cpp's Q8_0.
+
+    Eager, torchao multiplies each weight out; compiled in bfloat16, torch's product with eight-bit weights is used.
+    """
     context = setting.contexts[min(1, len(setting.contexts) - 1)]
     shape = setting.of()
     native = llama(shape, setting.device)
@@ -161,6 +171,11 @@ def int8(setting: Setting) -> Iterator[dict[str, Any]]:
         model = ours(native)
         quantize_(model, Int8WeightOnlyConfig())
         runs[f"{OURS}, int8 by torchao"] = torch_runs.decode(model, context, setting.tokens)
+        if "bfloat16" in fast_dtypes(setting.device):
+            narrow = ours(llama(setting.of(dtype="bfloat16"), setting.device))
+            quantize_(narrow, Int8WeightOnlyConfig())
+            run = torch_runs.decode_static(narrow, context, setting.tokens, compiled=True)
+            runs[f"{OURS}, int8 by torchao, bfloat16, compiled"] = run
     with engines(native, shape, setting, {"llama.cpp Q8_0": "q8_0"}) as peers:
         runs |= {name: peer.run("decode", context, setting.tokens) for name, peer in peers.items() if name != "litgpt"}
         yield row(f"decode at {context}, int8 weights", alternate(runs, setting.rounds), f"{OURS}, float32")
