@@ -2,6 +2,8 @@
 skip their tests; `make test-serving` makes an environment that has them all.
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig, QuantizedCache
@@ -65,6 +67,18 @@ def test_torchao_int8_weights_stay_close(model, token_ids, tmp_path):
     assert type(quantized.model.layers[0].self_attn.q_proj.weight).__name__ == "Int8Tensor"
     with torch.no_grad():
         assert 0 < relative_difference(quantized(token_ids).logits, model(token_ids).logits) < 0.05
+
+
+def test_compiled_torchao_int8_weights_generate_in_bfloat16(model, token_ids):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: make test-serving")
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        exact = model(token_ids).logits
+        quantization.quantize_(narrow, quantization.Int8WeightOnlyConfig())
+        narrow.forward = torch.compile(narrow.forward)
+        assert relative_difference(narrow(token_ids).logits.float(), exact) < 0.05
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    assert narrow.generate(token_ids, **options).shape[1] == token_ids.shape[1] + 6
 
 
 def test_lora_learns_on_a_bitsandbytes_int8_base(model, token_ids, tmp_path):
