@@ -209,7 +209,8 @@ def parts_of_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     heads, threads = key.shape[1], torch.get_num_threads()
     parts = threads // math.gcd(heads, threads)
     suits = (
-        query.dtype == key.dtype == value.dtype
+        type(key) is type(value) is torch.Tensor  # no shards, nor quantized ones
+        and query.dtype == key.dtype == value.dtype
         and key.shape[3] == value.shape[3]
         and key.stride(3) == value.stride(3) == 1
         and not torch.is_grad_enabled()

@@ -234,6 +234,14 @@ def test_keys_in_parts_are_attended_to_as_in_one(kv_heads, group, seen, parts, d
     torch.testing.assert_close(output.double(), weights @ value.double(), rtol=tolerance, atol=tolerance)
 
 
+def test_the_mask_of_parts_outlives_inference_mode():
+    query, key, value = long_cache(2, 71)
+    with torch.inference_mode():
+        first = attend_in_parts(query, key, value, 2, None)
+    with torch.no_grad():
+        assert torch.equal(attend_in_parts(query, key, value, 2, None), first)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and afterwards the one from before."""
