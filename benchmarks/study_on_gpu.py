@@ -5,12 +5,13 @@
 
 Trains both checkpoints by their recipes, then models of the same shape with fewer key-value heads, and measures the
 cells of `benchmarks/study.py`, the most telling first. One small model leaves most of a GPU idle; ten fill it. What
-the time does not allow is missing, and a second call, or `make study`, goes on from there.
+the time does not allow is missing, and a second call, or `make study`, goes on from there. `--trained
+reference=hub_card learned=runs/learned` measures checkpoints that are there, instead of training them.
 """
 
 import argparse
-import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -30,9 +31,9 @@ COUNTS = ("2", "4", "1")
 UPTRAINED = (
     "--methods svd --losses distilled --seeds 0 --percents 5 1 2 10",
     "--methods svd --losses distilled --seeds 1 2 --percents 5",
-    "--methods svd --losses text-only --seeds 0 --percents 5 1 2 10",
+    "--methods svd --losses 'text only' --seeds 0 --percents 5 1 2 10",
     "--methods mean --losses distilled --seeds 0 --percents 5 1 2 10",
-    "--methods mean --losses text-only --seeds 0 --percents 5 1 2 10",
+    "--methods mean --losses 'text only' --seeds 0 --percents 5 1 2 10",
 )
 
 
@@ -62,7 +63,9 @@ class Runner:
 
     def study(self, name: str, checkpoint: Path, label: str, *arguments: str) -> bool:
         """Some cells of the study of one checkpoint."""
-        tokens = json.loads((self.options.output / name / "results.json").read_text())["tokens"]
+        fields = yaml.safe_load(self.recipe(name).read_text())
+        rows = fields["max_steps"] * fields["batch_size"] * fields["gradient_accumulation_steps"]
+        tokens = rows * fields["row_length"]
         data = ["--data", str(self.options.data), "--output", str(self.options.output / "study")]
         source = ["--checkpoint", str(checkpoint), "--recipe", str(self.recipe(name))]
         sizes = ["--pretraining-tokens", str(tokens), "--batch-size", "16", "--evaluation-batch", "32"]
@@ -91,7 +94,11 @@ class Runner:
         return str(folder)
 
     def checkpoint(self, name: str) -> None:
-        """One checkpoint: its training, and then everything that is measured on it."""
+        """One checkpoint: its training, where it is not there, and then everything that is measured on it."""
+        self.recipe(name)  # written before several threads ask for it
+        if name in self.options.trained:
+            self.measure(name, Path(self.options.trained[name]))
+            return
         folder = self.options.output / name
         files = [
             f"--{kind}-file={self.options.data / kind}-*.parquet" for kind in ("train", "validation")
@@ -101,8 +108,13 @@ class Runner:
             return
         halved = folder.with_name(f"{name}-bf16")  # what the Hub gets is what is measured
         self.run(f"{name}-halve", "-c", HALVE, str(folder), str(halved))
-        jobs = [lambda: self.scratch(name, halved), lambda: self.study(name, halved, "merge", "--parts", "merge")]
-        jobs += [lambda count=count: self.uptrain(name, halved, count) for count in COUNTS]
+        self.measure(name, halved)
+
+    def measure(self, name: str, checkpoint: Path) -> None:
+        """Every cell of the study of one checkpoint."""
+        jobs = [lambda: self.scratch(name, checkpoint)]
+        jobs += [lambda: self.study(name, checkpoint, "merge", "--parts", "merge")]
+        jobs += [lambda count=count: self.uptrain(name, checkpoint, count) for count in COUNTS]
         together(*jobs)
 
     def scratch(self, name: str, checkpoint: Path) -> None:
@@ -112,8 +124,8 @@ class Runner:
 
     def uptrain(self, name: str, checkpoint: Path, count: str) -> None:
         for choice in UPTRAINED:
-            arguments = [word.replace("text-only", "text only") for word in choice.split()]
-            self.study(name, checkpoint, f"uptrain-{count}", "--parts", "uptrain", "--kv-heads", count, *arguments)
+            label, what = f"uptrain-{count}", ["--parts", "uptrain", "--kv-heads", count, *shlex.split(choice)]
+            self.study(name, checkpoint, label, *what)
 
 
 HALVE = """
@@ -140,7 +152,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="Everything that runs then is ended.")
     parser.add_argument("--steps", type=int, default=None, help="Of training, instead of the recipes'.")
     parser.add_argument("--checkpoints", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--trained", nargs="+", default=[], metavar="NAME=FOLDER", help="Checkpoints that are there.")
     options = parser.parse_args()
+    options.trained = dict(choice.split("=", 1) for choice in options.trained)
+    if unknown := set(options.trained) - set(RECIPES):
+        parser.error(f"--trained names {sorted(unknown)}; choose of {list(RECIPES)}")
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     runner = Runner(options, time.monotonic() + 60 * options.minutes)
     together(*(lambda name=name: runner.checkpoint(name) for name in options.checkpoints))
