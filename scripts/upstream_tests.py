@@ -30,6 +30,7 @@ STAND_INS = {
     "distributed_testing_utils.py": '''"""Starts processes that talk through gloo on the CPU."""
 import functools
 import os
+import sys
 import tempfile
 
 import torch
@@ -54,17 +55,28 @@ def _set_rank_device(rank):
 
 
 def _start_rank_processes(function, args, nprocs):
-    processes.spawn(function, args=args, nprocs=nprocs)
+    processes.spawn(_run_and_leave, args=(function, args), nprocs=nprocs)
+
+
+def _run_and_leave(rank, function, args):
+    function(rank, *args)
+    _leave()
+
+
+def _leave():
+    """Torch can abort or hang while it takes its process groups down at the end of a process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _enter(rank, function, world_size, path, args, kwargs):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     _set_rank_device(rank)
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=world_size)
-    try:
-        function(rank, *args, **kwargs)
-    finally:
-        dist.destroy_process_group()
+    function(rank, *args, **kwargs)
+    dist.barrier()
+    _leave()
 
 
 def run_distributed(world_size):

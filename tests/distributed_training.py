@@ -9,12 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from accelerate import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from groupformer import GroupFormerForCausalLM
+
+from .helpers import leave
 
 
 def main(job: dict) -> None:
@@ -38,9 +39,7 @@ def main(job: dict) -> None:
             "parameter": type(parameter).__name__,
         }
         Path(job["output"], "result.json").write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

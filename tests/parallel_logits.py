@@ -13,6 +13,8 @@ from transformers.distributed import DistributedConfig
 
 from groupformer import GroupFormerForCausalLM
 
+from .helpers import leave
+
 
 @torch.no_grad()
 def logits(job) -> list:
@@ -34,5 +36,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w", encoding="utf-8") as file:
             json.dump(jobs, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
