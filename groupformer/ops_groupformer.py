@@ -231,15 +231,18 @@ def attend_in_parts(
     heads, seen, head_dim = key.shape[1:]
     step = seen // parts
     length = seen - step * (parts - 1)
+
+    def in_parts(states: torch.Tensor) -> torch.Tensor:
+        _, by_head, by_token, _ = states.stride()
+        return states.as_strided((heads, parts, length, head_dim), (by_head, step * by_token, by_token, 1))
+
     queries = query.squeeze(0).unsqueeze(1).expand(heads, parts, query.shape[2], head_dim)
-    keys = key.as_strided((heads, parts, length, head_dim), (key.stride(1), step * key.stride(2), key.stride(2), 1))
-    values = value.as_strided(
-        (heads, parts, length, head_dim), (value.stride(1), step * value.stride(2), value.stride(2), 1)
-    )
     mask = mask_of_parts(parts, step, length, query.dtype)
-    outputs, logarithms = FLASH_ON_CPU(queries, keys, values, attn_mask=mask, scale=scale)  # type: ignore[misc]
-    shares = torch.softmax(logarithms, dim=1).unsqueeze(-1).to(outputs.dtype)
-    return (outputs * shares).sum(dim=1).unsqueeze(0)
+    outputs, logarithms = FLASH_ON_CPU(  # type: ignore[misc]
+        queries, in_parts(key), in_parts(value), attn_mask=mask, scale=scale
+    )
+    shares = torch.softmax(logarithms, dim=1).unsqueeze(-1)  # at least float32, and so is the sum
+    return (outputs * shares).sum(dim=1).unsqueeze(0).to(query.dtype)
 
 
 @functools.lru_cache(maxsize=4)  # one for all layers of a token; windows can differ by layer
