@@ -6,6 +6,9 @@ Here keys and values begin a larger memory, their room, and new ones are written
 replaced by one a quarter larger than what is needed: that copies about four tokens for every new one, however many
 there are, and the memory held stays within 1.25 of what the tokens need.
 
+Keys are laid out by token, as everywhere, until a single sequence on a CPU is long and is decoded token by token: then
+by feature, which products with them read faster. What is seen of them has the same shape, with other strides.
+
 The cache itself stays a `DynamicCache`: beam search, assisted decoding, offloading and whatever else knows its layers
 goes on working. Where writing in place could be wrong, transformers' own way is taken, which copies: gradients through
 the cache, graphs being compiled or exported, and sliding windows that record their past for assisted decoding.
@@ -55,6 +58,39 @@ def update_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
 
 
+MANY_KEYS = 2**19  # numbers in a layer: 2 MiB, more than stays in a core's own cache; fewer are read as fast by token
+
+
+def is_by_feature(keys: torch.Tensor) -> bool:
+    """Whether keys (B, G, S, D) lie in memory as (B, G, D, S)."""
+    return keys.stride(2) == 1 and keys.stride(3) > 1
+
+
+def read_faster_by_feature(keys: torch.Tensor) -> bool:
+    """Whether single tokens read these keys (B, G, S, D), laid out by token, faster by feature.
+
+    A dot product of one head's features is too short for the full bandwidth; a sum of rows as long as the cache is
+    not. In float32, which MKL multiplies batches of on a CPU.
+    """
+    return (
+        keys.numel() >= MANY_KEYS
+        and keys.shape[0] == 1
+        and keys.stride(3) == 1
+        and keys.is_cpu
+        and keys.dtype is torch.float32
+        and type(keys) is torch.Tensor
+        and torch.backends.mkl.is_available()
+    )
+
+
+def new_memory(like: torch.Tensor, capacity: int, by_feature: bool) -> torch.Tensor:
+    """Memory (B, G, capacity, D) for keys or values such as these."""
+    batch, heads, _, head_dim = like.shape
+    if by_feature:
+        return like.new_empty(batch, heads, head_dim, capacity).transpose(2, 3)
+    return like.new_empty(batch, heads, capacity, head_dim)
+
+
 class Room:
     """Memory (B, G, capacity, D) for keys and for values, of which a stretch of `length` tokens is in use.
 
@@ -84,16 +120,26 @@ class Room:
         self.value_memory.narrow(2, place, count).copy_(value_states)
         self.show(self.start, self.length + count)
 
+    def lay_keys_by_feature(self) -> None:
+        """Moves the keys into memory of the same size that is laid out by feature."""
+        memory = new_memory(self.key_memory, self.key_memory.shape[2], by_feature=True)
+        # Transposed, what is written is contiguous: twice as fast.
+        memory.narrow(2, self.start, self.length).transpose(2, 3).copy_(self.keys.transpose(2, 3))
+        self.key_memory = memory
+        self.show(self.start, self.length)
+
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Room":
         """The room after a change of its memory that leaves the dimension of tokens as it is."""
         return Room(change(self.key_memory), change(self.value_memory), self.length, self.start)
 
 
 def roomy(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Memory that begins with these pieces (B, G, any, D), one behind the other, and is a quarter larger."""
-    batch, heads, _, head_dim = pieces[0].shape
+    """Memory that begins with these pieces (B, G, any, D), one behind the other, and is a quarter larger.
+
+    It is laid out as the first piece.
+    """
     length = sum(piece.shape[2] for piece in pieces)
-    memory = pieces[-1].new_empty(batch, heads, length + length // 4, head_dim)
+    memory = new_memory(pieces[-1], length + length // 4, is_by_feature(pieces[0]))
     for part, piece in zip(memory.narrow(2, 0, length).split([piece.shape[2] for piece in pieces], dim=2), pieces):
         part.copy_(piece)
     return memory
@@ -132,6 +178,8 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         room = self.owned_room()
         if room is not None and room.takes(key_states.shape[2]):
+            if key_states.shape[2] == 1 and read_faster_by_feature(room.keys):
+                room.lay_keys_by_feature()
             room.append(key_states, value_states)
         else:
             held = self.get_seq_length()

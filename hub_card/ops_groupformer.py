@@ -4,7 +4,7 @@
 Each gives the numbers of its plain counterpart (up to rounding) and takes that one wherever something unusual is at
 work: adapters, quantized weights, hooks, parallelism, compiled graphs.
 
-This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
+This file travels to the Hub with the modeling file, so it imports only torch, transformers and what travels.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
@@ -19,6 +19,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_groupformer import is_by_feature
 
 
 # Products ------------------------------------------------------------------------------------------------------------
@@ -165,10 +167,12 @@ def sdpa_attention_forward(
     kv_heads, seen = key.shape[1], key.shape[2]
     group = heads // kv_heads
     follows_cached = length < seen and (length == 1 or attention_mask is not None)
-    many_of_own = group == 1 and length > 1
+    by_feature = is_by_feature(key)
+    many_of_own = length > 1 and group * length > FEW_ROWS if by_feature else group == 1 and length > 1
     # In graphs a token that reads a static cache on the CPU; a GPU has more to do at once with keys repeated.
     in_graph = torch.compiler.is_compiling() and not (query.is_cpu and length == 1 and attention_mask is not None)
     if many_of_own or not follows_cached or "cache" in kwargs or in_graph:
+        key = key.contiguous() if by_feature else key  # torch's kernels read them by token
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and group > 1:
         rows = attention_mask.shape[0]
@@ -189,10 +193,32 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Torch's attention of queries (B, G, any, D) that see all keys (B, G, S, D) which the mask does not hide."""
+    if is_by_feature(key) and dropout == 0.0 and query.shape[0] == 1:
+        return attend_by_feature(query, key, value, attention_mask, scale)
     parts = parts_of_keys(query, key, value) if attention_mask is None and dropout == 0.0 else 1
     if parts > 1:
         return attend_in_parts(query, key, value, parts, scale)
     return nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale)
+
+
+FEW_ROWS = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads
+
+
+def attend_by_feature(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of a few queries (1, G, any, D) as two products and a softmax between."""
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    scores = torch.baddbmm(query.new_zeros(()), query.squeeze(0), key.squeeze(0).transpose(1, 2), beta=0, alpha=scale)
+    if attention_mask is not None and attention_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attention_mask.squeeze(0), torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask.squeeze(0)
+    return torch.bmm(torch.softmax(scores, dim=-1), value.squeeze(0)).unsqueeze(0)
 
 
 MANY_KEYS = 2048  # below, joining the parts takes as long as is won

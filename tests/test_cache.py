@@ -7,8 +7,14 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from groupformer import GroupFormerForCausalLM
-from groupformer.cache_groupformer import CACHE_NAME, GrowingLayer, GrowingSlidingWindowLayer, grow_in_place
+from groupformer import GroupFormerForCausalLM, cache_groupformer
+from groupformer.cache_groupformer import (
+    CACHE_NAME,
+    GrowingLayer,
+    GrowingSlidingWindowLayer,
+    grow_in_place,
+    is_by_feature,
+)
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -31,33 +37,70 @@ def crop(layer):
     layer.crop(-2)
 
 
+def last_twice(layer):
+    return torch.full((2,), layer.keys.shape[0] - 1)
+
+
 CHANGES = {
     "nothing": lambda layer: None,
-    "reordered": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+    "reordered": lambda layer: layer.reorder_cache(last_twice(layer)),
     "repeated": lambda layer: layer.batch_repeat_interleave(2),
-    "selected": lambda layer: layer.batch_select_indices(torch.tensor([1])),
+    "selected": lambda layer: layer.batch_select_indices(last_twice(layer)[:1]),
     "offloaded and fetched": lambda layer: (layer.offload(), layer.prefetch()),
     "set from outside": lambda layer: setattr(layer, "keys", layer.keys * 2),
     "reset": lambda layer: layer.reset(),
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("counts", [(5, 1, 1, 1), (1,) * 20, (20, 1, 3, 1), (2, 9, 1, 1, 1, 1)])
-def test_a_layer_returns_and_keeps_what_transformers_layer_does(kind, change, counts):
+COUNTS = [(5, 1, 1, 1), (1,) * 20, (20, 1, 3, 1), (2, 9, 1, 1, 1, 1)]
+
+
+def check_against_transformers(kind, change, counts, batch_size):
+    """Our layer, after it was held against transformers' own."""
     ours, theirs = (make() for make in LAYERS[kind])
     for step, count in enumerate(counts):
         for layer in (ours, theirs):
             if step == len(counts) // 2:
                 CHANGES[change](layer)
-        batch = 2 if ours.keys is None or not ours.get_seq_length() else ours.keys.shape[0]
+        batch = batch_size if ours.keys is None or not ours.get_seq_length() else ours.keys.shape[0]
         seen = ours.update(*tokens(count, step, batch))
         expected = theirs.update(*tokens(count, step, batch))
         for found, wanted in zip((*seen, ours.keys, ours.values), (*expected, theirs.keys, theirs.values)):
             assert torch.equal(found, wanted)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+    return ours
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_layer_returns_and_keeps_what_transformers_layer_does(kind, change, counts):
+    check_against_transformers(kind, change, counts, batch_size=2)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_so_does_a_layer_whose_keys_move_by_feature(kind, change, counts, monkeypatch):
+    monkeypatch.setattr(cache_groupformer, "MANY_KEYS", 1)
+    layer = check_against_transformers(kind, change, counts, batch_size=1)
+    if change == "nothing":
+        assert is_by_feature(layer.keys) == (kind == "full")
+
+
+def test_keys_of_a_long_sequence_move_by_feature_and_no_others():
+    for batch, length, dtype, moves in [
+        (1, 50_000, torch.float32, True),
+        (1, 40_000, torch.float32, False),
+        (2, 50_000, torch.float32, False),
+        (1, 50_000, torch.bfloat16, False),
+    ]:
+        layer = GrowingLayer()
+        layer.update(*(states.to(dtype) for states in tokens(length, 0, batch)))
+        assert not is_by_feature(layer.keys)
+        layer.update(*(states.to(dtype) for states in tokens(1, 1, batch)))
+        assert is_by_feature(layer.keys) == moves
 
 
 @pytest.mark.parametrize("count", [0, -1, -3])
@@ -91,6 +134,15 @@ def test_memory_stays_within_a_quarter_more_than_the_tokens_need(length):
         layer.update(*tokens(1, step))
     assert layer.keys.shape[2] == length
     assert layer.keys.untyped_storage().nbytes() <= 1.25 * layer.keys.nbytes
+
+
+def test_so_does_the_memory_of_keys_by_feature(monkeypatch):
+    monkeypatch.setattr(cache_groupformer, "MANY_KEYS", 1)
+    layer = GrowingLayer()
+    for step in range(1000):
+        layer.update(*tokens(1, step, batch=1))
+        assert layer.keys.untyped_storage().nbytes() <= 1.25 * layer.keys.nbytes
+    assert is_by_feature(layer.keys)
 
 
 def test_a_windows_memory_does_not_keep_the_prompt():

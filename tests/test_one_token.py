@@ -6,8 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import StaticCache
 
-from groupformer import GroupFormerForCausalLM, modeling_groupformer
-from groupformer.ops_groupformer import attend, attend_in_parts, parts_of_keys, rms_norm
+from groupformer import GroupFormerForCausalLM, cache_groupformer, modeling_groupformer, ops_groupformer
+from groupformer.cache_groupformer import is_by_feature
+from groupformer.ops_groupformer import attend, attend_by_feature, attend_in_parts, parts_of_keys, rms_norm
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -292,3 +293,46 @@ def counting(parts):
         return attend_in_parts(query, key, value, number, scale)
 
     return count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads, group, mask", [(3, 1, None), (1, 5, None), (2, 3, "hidden"), (2, 3, "biases")])
+def test_keys_by_feature_are_attended_to_as_by_token(kv_heads, group, mask):
+    query, key, value = long_cache(kv_heads, 50, group=group)
+    by_feature = key.transpose(2, 3).contiguous().transpose(2, 3)
+    assert is_by_feature(by_feature) and not is_by_feature(key)
+    bias = torch.zeros(1, 1, 1, 50, dtype=torch.float64)
+    if mask == "biases":
+        bias = torch.randn(1, kv_heads, group, 50, dtype=torch.float64)
+    elif mask == "hidden":
+        bias[..., :20] = -torch.inf
+    weights = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.3 + bias, dim=-1)
+    given = {None: None, "biases": bias.float(), "hidden": bias == 0}[mask]
+    output = attend_by_feature(query, by_feature, value, given, 0.3)
+    torch.testing.assert_close(output.double(), weights @ value.double(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["lean", "usual", "eager"])
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "by layer", "alibi", "learned"])
+def test_keys_by_feature_give_the_logits_of_a_pass_without_a_cache(variant, padding, path, monkeypatch):
+    monkeypatch.setattr(cache_groupformer, "MANY_KEYS", 1)
+    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", 10)
+    model, counts = model_of(**USUAL[variant]), (9, 1, 1, 2, 1, 13, 1, 1)
+    if path == "eager":
+        model.set_attn_implementation("eager")
+    elif path == "usual":
+        model.model.layers[0].register_forward_hook(lambda *_: None)
+    token_ids = random_ids(1, sum(counts))
+    mask = torch.ones_like(token_ids)
+    mask[:, :padding] = 0
+    expected = model(token_ids, attention_mask=mask).logits
+    cache, seen, found = None, 0, []
+    for count in counts:
+        end = seen + count
+        outputs = model(token_ids[:, seen:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache, seen = outputs.past_key_values, end
+        found.append(outputs.logits)
+    assert all(is_by_feature(layer.keys) for layer in cache.layers)
+    torch.testing.assert_close(torch.cat(found, 1)[:, padding:], expected[:, padding:], rtol=1e-5, atol=1e-5)
