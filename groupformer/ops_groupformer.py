@@ -440,14 +440,20 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
         loss = hidden_states.new_zeros((), dtype=torch.float32)
-        log_probabilities = hidden_states.new_empty(min(rows, len(labels)), weight.shape[0], dtype=torch.float32)
+        # Memory for every chunk in turn: new memory of this size comes from the system page by page.
+        products = hidden_states.new_empty(min(rows, len(labels)), weight.shape[0])
+        log_probabilities = torch.empty_like(products, dtype=torch.float32)
 
         for start in range(0, len(labels), rows):
             hidden, targets = hidden_states[start : start + rows], labels[start : start + rows, None]
-            logits = nn.functional.linear(hidden, weight, bias).float()
+            product, chunk = products[: len(hidden)], log_probabilities[: len(hidden)]
+            if bias is None:
+                torch.mm(hidden, weight.t(), out=product)
+            else:
+                torch.addmm(bias, hidden, weight.t(), out=product)
+            logits = product.float()
             if logits_scaling != 1.0:
                 logits = logits / logits_scaling
-            chunk = log_probabilities[: len(hidden)]
             torch.log_softmax(logits, dim=-1, out=chunk)
             loss -= chunk.gather(1, targets).sum()
             if not (wants_hidden or wants_weight or wants_bias):
@@ -458,7 +464,7 @@ class HeadCrossEntropy(torch.autograd.Function):
                 grad = grad / logits_scaling
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            grad = grad if grad.dtype == hidden.dtype else product.copy_(grad)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None and grad_weight.dtype == hidden.dtype:
