@@ -88,6 +88,16 @@ def test_without_a_teacher_the_text_alone_teaches(folders, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_the_weight_of_the_text_counts_without_a_teacher_too(folders, tmp_path):
+    def loss(ce_weight):
+        alone = recipe(folders, teacher=None, kl_weight=0.0, ce_weight=ce_weight, tokens=16 * 2)  # one step
+        uptrain(alone, tmp_path / str(ce_weight))
+        log = json.loads((tmp_path / str(ce_weight) / "results.json").read_text())["log"]
+        return next(entry["train_loss"] for entry in log if "train_loss" in entry)
+
+    assert loss(3.0) == pytest.approx(3 * loss(1.0), rel=1e-5)
+
+
 def test_a_run_that_was_cut_off_resumes_to_the_same_weights(folders, tmp_path):
     plan = recipe(folders, evaluations=4)
     uptrain(plan, tmp_path / "whole")

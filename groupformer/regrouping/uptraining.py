@@ -120,13 +120,15 @@ class DistillationTrainer(PackedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.teacher is None:  # the model's own loss holds no logits
+            outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            weight = self.recipe.ce_weight
+            return (outcome[0] * weight, outcome[1]) if return_outputs else outcome * weight
         labels = inputs["labels"][:, 1:]
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**inputs, use_cache=False)
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                taught = self.teacher(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            taught = self.teacher(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         logits = outputs.logits[:, :-1].flatten(0, 1)
         loss = DistillationLoss.apply(logits, taught, labels.flatten(), self.recipe) / count
@@ -145,7 +147,7 @@ class DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, taught: torch.Tensor | None, labels: torch.Tensor, recipe: UptrainRecipe
+        ctx: Any, logits: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, recipe: UptrainRecipe
     ) -> torch.Tensor:
         """
         Args:
@@ -153,27 +155,23 @@ class DistillationLoss(torch.autograd.Function):
             labels: (tokens,); -100 is not scored.
         """
         rows = max(1, (CHUNK_SIZE if logits.device.type == "cpu" else GPU_CHUNK_SIZE) // logits.shape[-1])
-        total, gradient = logits.new_zeros((), dtype=torch.float32), torch.zeros_like(logits)
-        kl_weight = 0.0 if taught is None else recipe.kl_weight
+        total, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+        temperature, kl_weight, ce_weight = recipe.temperature, recipe.kl_weight, recipe.ce_weight
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            scored = (labels[part] != IGNORED).float()
+            scored, targets = (labels[part] != IGNORED).float(), labels[part, None].clamp(min=0)
             student = logits[part].float()
-            grad = torch.zeros_like(student)
-            loss = torch.zeros_like(scored)
-            if taught is not None and kl_weight > 0:
-                learned = torch.log_softmax(student / recipe.temperature, dim=-1)
-                known = torch.log_softmax(taught[part].float() / recipe.temperature, dim=-1)
-                probabilities = known.exp()
-                divergence = known.sub_(learned).mul_(probabilities).sum(-1)
-                loss += kl_weight * recipe.temperature**2 * divergence
-                grad += learned.exp_().sub_(probabilities).mul_(kl_weight * recipe.temperature)
-            if recipe.ce_weight > 0:
-                targets = labels[part, None].clamp(min=0)
-                learned = torch.log_softmax(student, dim=-1)
-                loss -= recipe.ce_weight * learned.gather(1, targets).squeeze(1)
-                grad += learned.exp_().mul_(recipe.ce_weight)
-                grad.scatter_add_(1, targets, targets.new_full(targets.shape, -recipe.ce_weight, dtype=grad.dtype))
+            learned = torch.log_softmax(student if temperature == 1 else student / temperature, dim=-1)
+            hard = learned if temperature == 1 else torch.log_softmax(student, dim=-1)
+            known = torch.log_softmax(taught[part].float() / temperature, dim=-1)
+            probabilities = known.exp()
+            loss = known.sub_(learned).mul_(probabilities).sum(-1).mul_(kl_weight * temperature**2)
+            loss -= ce_weight * hard.gather(1, targets).squeeze(1)
+            grad = probabilities.mul_(-kl_weight * temperature)
+            grad.scatter_add_(1, targets, targets.new_full(targets.shape, -ce_weight, dtype=grad.dtype))
+            # Of the student's logarithms only the probabilities are needed now; at T = 1 both are the same.
+            grad.add_(learned.exp_(), alpha=kl_weight * temperature)
+            grad.add_(hard if hard is learned else hard.exp_(), alpha=ce_weight)
             total += (loss * scored).sum()
             gradient[part] = grad.mul_(scored[:, None])
         ctx.save_for_backward(gradient)
