@@ -121,9 +121,9 @@ class DistillationTrainer(PackedTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.teacher is None:  # the model's own loss holds no logits
-            outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            weight = self.recipe.ce_weight
-            return (outcome[0] * weight, outcome[1]) if return_outputs else outcome * weight
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss * self.recipe.ce_weight
+            return (loss, outputs) if return_outputs else loss
         labels = inputs["labels"][:, 1:]
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**inputs, use_cache=False)
