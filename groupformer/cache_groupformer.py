@@ -58,7 +58,7 @@ def update_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
 
 
-MANY_KEYS = 2**19  # numbers in a layer: 2 MiB, more than stays in a core's own cache; fewer are read as fast by token
+LARGE_LAYER = 2**19  # keys in numbers: 2 MiB, more than stays in a core's cache; fewer are read as fast by token
 
 
 def is_by_feature(keys: torch.Tensor) -> bool:
@@ -73,7 +73,7 @@ def read_faster_by_feature(keys: torch.Tensor) -> bool:
     not. In float32, which MKL multiplies batches of on a CPU.
     """
     return (
-        keys.numel() >= MANY_KEYS
+        keys.numel() >= LARGE_LAYER
         and keys.shape[0] == 1
         and keys.stride(3) == 1
         and keys.is_cpu

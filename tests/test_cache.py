@@ -83,7 +83,7 @@ def test_a_layer_returns_and_keeps_what_transformers_layer_does(kind, change, co
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_so_does_a_layer_whose_keys_move_by_feature(kind, change, counts, monkeypatch):
-    monkeypatch.setattr(cache_groupformer, "MANY_KEYS", 1)
+    monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
     layer = check_against_transformers(kind, change, counts, batch_size=1)
     if change == "nothing":
         assert is_by_feature(layer.keys) == (kind == "full")
@@ -137,7 +137,7 @@ def test_memory_stays_within_a_quarter_more_than_the_tokens_need(length):
 
 
 def test_so_does_the_memory_of_keys_by_feature(monkeypatch):
-    monkeypatch.setattr(cache_groupformer, "MANY_KEYS", 1)
+    monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
     layer = GrowingLayer()
     for step in range(1000):
         layer.update(*tokens(1, step, batch=1))
