@@ -3,9 +3,9 @@
     groupformer tokenizer train --prose '.../textbooks/train-*.parquet' --vocab-size 4096 --output runs/tokenizer-4096
     python benchmarks/study_on_gpu.py --data .../textbooks --output runs --minutes 8
 
-Trains both checkpoints by their recipes, then models of the same shape with fewer key-value heads, and measures the
-cells of `benchmarks/study.py`, the most telling first. One small model leaves most of a GPU idle; ten fill it. What
-the time does not allow is missing, and a second call, or `make study`, goes on from there. `--trained
+Trains both checkpoints by their recipes, then measures the cells of `benchmarks/study.py`, the most telling first, and
+trains models of the same shape with fewer key-value heads. One small model leaves most of a GPU idle; ten fill it.
+What the time does not allow is missing, and a second call, or `make study`, goes on from there. `--trained
 reference=hub_card learned=runs/learned` measures checkpoints that are there, instead of training them.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,17 @@ from groupformer import GroupFormerTokenizer
 
 HERE = Path(__file__).parent
 RECIPES = {"reference": "recipes/reference.yaml", "learned": "recipes/learned.yaml"}
-COUNTS = ("2", "4", "1")
-# What to uptrain, in the order of its worth: options of study.py.
-UPTRAINED = (
-    "--methods svd --losses distilled --seeds 0 --percents 5 1 2 10",
-    "--methods svd --losses distilled --seeds 1 2 --percents 5",
-    "--methods svd --losses 'text only' --seeds 0 --percents 5 1 2 10",
-    "--methods mean --losses distilled --seeds 0 --percents 5 1 2 10",
-    "--methods mean --losses 'text only' --seeds 0 --percents 5 1 2 10",
+# What to measure, in the order of its worth: options of study.py. Each is one process.
+JOBS = (
+    *(f"--parts scratch --kv-heads {count} --seeds 0" for count in (4, 2, 1)),
+    *(f"--parts uptrain --kv-heads {count} --methods svd --losses distilled --seeds 0" for count in (2, 4, 1)),
+    "--parts merge",
+    *(f"--parts uptrain --kv-heads {count} --methods svd --losses 'text only' --seeds 0" for count in (2, 4, 1)),
+    *(f"--parts uptrain --kv-heads {count} --methods mean --losses distilled --seeds 0" for count in (2, 4, 1)),
+    *(f"--parts scratch --kv-heads {count} --seeds 1" for count in (2, 1, 8, 4)),
+    *(f"--parts uptrain --kv-heads {count} --methods mean --losses 'text only' --seeds 0" for count in (2, 4, 1)),
+    "--parts uptrain --kv-heads 2 4 1 --methods svd --losses distilled --seeds 1 2 --percents 5",
+    *(f"--parts scratch --kv-heads {count} --seeds 2" for count in (2, 8, 1, 4)),
 )
 
 
@@ -70,8 +74,8 @@ class Runner:
         source = ["--checkpoint", str(checkpoint), "--recipe", str(self.recipe(name))]
         sizes = ["--pretraining-tokens", str(tokens), "--batch-size", "16", "--evaluation-batch", "32"]
         sizes += ["--tokenizer", self.tokenizer(name)]
-        label = f"{name}-{label}"
-        return self.run(label, str(HERE / "study.py"), *data, *source, *sizes, *arguments)
+        print(f"{name}-{label}: {shlex.join(arguments)}", flush=True)
+        return self.run(f"{name}-{label}", str(HERE / "study.py"), *data, *source, *sizes, *arguments)
 
     def recipe(self, name: str) -> Path:
         """The recipe, with another number of steps where the options say so."""
@@ -111,21 +115,10 @@ class Runner:
         self.measure(name, halved)
 
     def measure(self, name: str, checkpoint: Path) -> None:
-        """Every cell of the study of one checkpoint."""
-        jobs = [lambda: self.scratch(name, checkpoint)]
-        jobs += [lambda: self.study(name, checkpoint, "merge", "--parts", "merge")]
-        jobs += [lambda count=count: self.uptrain(name, checkpoint, count) for count in COUNTS]
-        together(*jobs)
-
-    def scratch(self, name: str, checkpoint: Path) -> None:
-        for count in COUNTS:
-            label = f"scratch-{count}"
-            self.study(name, checkpoint, label, "--parts", "scratch", "--kv-heads", count, "--seeds", "0")
-
-    def uptrain(self, name: str, checkpoint: Path, count: str) -> None:
-        for choice in UPTRAINED:
-            label, what = f"uptrain-{count}", ["--parts", "uptrain", "--kv-heads", count, *shlex.split(choice)]
-            self.study(name, checkpoint, label, *what)
+        """Every cell of the study of one checkpoint, some processes at a time."""
+        with ThreadPoolExecutor(self.options.processes) as pool:
+            for index, job in enumerate(JOBS):
+                pool.submit(self.study, name, checkpoint, f"{index:02}", *shlex.split(job))
 
 
 HALVE = """
@@ -151,6 +144,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--minutes", type=float, default=8, help="Everything that runs then is ended.")
     parser.add_argument("--steps", type=int, default=None, help="Of training, instead of the recipes'.")
+    parser.add_argument("--processes", type=int, default=8, help="For each checkpoint, at a time.")
     parser.add_argument("--checkpoints", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--trained", nargs="+", default=[], metavar="NAME=FOLDER", help="Checkpoints that are there.")
     options = parser.parse_args()

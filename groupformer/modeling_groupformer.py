@@ -10,7 +10,7 @@ One architecture, its variants chosen once when the model is built (see `configu
 
 The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Attention goes through
 transformers' attention interface. Module names are Llama's. This file also travels to the Hub as remote code, so it
-imports nothing but torch, transformers and the files beside it: configuration, masks, cache and faster operations.
+imports nothing but torch, transformers and the files beside it: configuration, masks, cache, loss, faster operations.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_groupformer import CACHE_NAME, either_cache_name, grow_in_place, new_cache, update_options
 from .configuration_groupformer import GroupFormerConfig
+from .loss_groupformer import head_cross_entropy
 from .masking_groupformer import (
     check_backend,
     check_inputs,
@@ -57,7 +58,6 @@ from .masking_groupformer import (
 from .ops_groupformer import (
     OWN_ATTENTION,
     decode_layer,
-    head_cross_entropy,
     is_plain,
     is_row,
     project,

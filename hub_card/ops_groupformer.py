@@ -1,5 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Faster ways to compute what GroupFormer's modeling file says: products, attention of few tokens, next-token loss.
+"""Faster ways to compute what GroupFormer's modeling file says: products, norms, attention of few tokens, one token.
 
 Each gives the numbers of its plain counterpart (up to rounding) and takes that one wherever something unusual is at
 work: adapters, quantized weights, hooks, parallelism, compiled graphs.
@@ -168,10 +168,14 @@ def sdpa_attention_forward(
     group = heads // kv_heads
     follows_cached = length < seen and (length == 1 or attention_mask is not None)
     by_feature = is_by_feature(key)
-    many_of_own = length > 1 and group * length > FEW_ROWS if by_feature else group == 1 and length > 1
-    # In graphs a token that reads a static cache on the CPU; a GPU has more to do at once with keys repeated.
-    in_graph = torch.compiler.is_compiling() and not (query.is_cpu and length == 1 and attention_mask is not None)
-    if many_of_own or not follows_cached or "cache" in kwargs or in_graph:
+    many_of_own = length > 1 and group * length > FEW_QUERIES if by_feature else group == 1 and length > 1
+    in_graph = torch.compiler.is_compiling()
+    reads_static_cache = in_graph and length == 1 and attention_mask is not None and kwargs.get("dropout", 0.0) == 0.0
+    if reads_static_cache and group > 1 and query.is_cuda:
+        output = attend_in_graph(query, key, value, attention_mask, kwargs.get("scaling"))
+        return output.transpose(1, 2).contiguous(), None
+    in_other_graph = in_graph and not (reads_static_cache and query.is_cpu)
+    if many_of_own or not follows_cached or "cache" in kwargs or in_other_graph:
         key = key.contiguous() if by_feature else key  # torch's kernels read them by token
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and group > 1:
@@ -201,7 +205,7 @@ def attend(
     return nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale)
 
 
-FEW_ROWS = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads
+FEW_QUERIES = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads
 
 
 def attend_by_feature(
@@ -219,6 +223,30 @@ def attend_by_feature(
     elif attention_mask is not None:
         scores = scores + attention_mask.squeeze(0)
     return torch.bmm(torch.softmax(scores, dim=-1), value.squeeze(0)).unsqueeze(0)
+
+
+def attend_in_graph(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of one token (B, H, 1, D) of which torch's compiler makes a few small kernels for a GPU.
+
+    No key is repeated in memory. The scores are sums that the compiler keeps in float32 and joins with the softmax.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, 1, head_dim).float() * scale
+    scores = (grouped * key.unsqueeze(2)).sum(-1)  # (B, G, H / G, S)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(batch, -1 if attention_mask.shape[1] > 1 else kv_heads, 1, -1)
+        by_group = attention_mask.reshape(batch, kv_heads, -1, key.shape[2])
+        is_boolean = attention_mask.dtype is torch.bool
+        scores = scores.masked_fill(~by_group, -torch.inf) if is_boolean else scores + by_group
+    return torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value).reshape(batch, heads, 1, -1)
 
 
 MANY_KEYS = 2048  # below, joining the parts takes as long as is won
@@ -403,117 +431,3 @@ def add_product(residual: torch.Tensor, linear: nn.Module, hidden_states: torch.
     if hidden_states.dim() == 1 and not PREFERS_ONEDNN and is_plain(linear) and linear.bias is None:
         return torch.addmv(residual, linear.weight, hidden_states, alpha=scale)
     return residual.add(product(linear, hidden_states), alpha=scale)
-
-
-# Loss ----------------------------------------------------------------------------------------------------------------
-
-CHUNK_SIZE = 256 * 49_152  # logits at a time: 48 MiB in float32
-
-
-class HeadCrossEntropy(torch.autograd.Function):
-    """The sum of next-token cross-entropies of hidden states, whose logits are computed a few rows at a time.
-
-    The gradients of the head and of the hidden states are computed with the logits, while these are there: nothing of
-    the size (rows, vocab_size) is kept. Cf. Wijmans et al. 2024 (Cut Your Losses) and Hsu et al. 2024 (Liger Kernel);
-    unlike torch's `linear_cross_entropy`, the logits are computed once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        logits_scaling: float,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: (rows, hidden_size), in the dtype of the product.
-            weight, bias: (vocab_size, hidden_size) and (vocab_size,), likewise.
-            labels: (rows,), each in 0 … vocab_size - 1.
-            logits_scaling: What logits are divided by.
-        """
-        rows = max(1, CHUNK_SIZE // weight.shape[0])
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_states) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
-        loss = hidden_states.new_zeros((), dtype=torch.float32)
-        # Memory for every chunk in turn: new memory of this size comes from the system page by page.
-        products = hidden_states.new_empty(min(rows, len(labels)), weight.shape[0])
-        log_probabilities = torch.empty_like(products, dtype=torch.float32)
-
-        for start in range(0, len(labels), rows):
-            hidden, targets = hidden_states[start : start + rows], labels[start : start + rows, None]
-            product, chunk = products[: len(hidden)], log_probabilities[: len(hidden)]
-            if bias is None:
-                torch.mm(hidden, weight.t(), out=product)
-            else:
-                torch.addmm(bias, hidden, weight.t(), out=product)
-            logits = product.float()
-            if logits_scaling != 1.0:
-                logits = logits / logits_scaling
-            torch.log_softmax(logits, dim=-1, out=chunk)
-            loss -= chunk.gather(1, targets).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
-                continue
-            # The gradient of a row's loss by its logits: probabilities, less 1 at the label.
-            grad = chunk.exp_().scatter_add_(1, targets, chunk.new_full((), -1.0).expand_as(targets))
-            if logits_scaling != 1.0:
-                grad = grad / logits_scaling
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad if grad.dtype == hidden.dtype else product.copy_(grad)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad.t(), hidden)
-            elif grad_weight is not None:
-                grad_weight += grad.t() @ hidden
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place, to hold no second gradient of the head. A second backward is then refused by autograd.
-        grads = [None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors]
-        return grads[0], *(None if grad is None else grad.to(ctx.dtype) for grad in grads[1:]), None, None
-
-
-def head_cross_entropy(
-    head: nn.Linear,
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor,
-    logits_scaling: float = 1.0,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Transformers' causal language modeling loss of `head(hidden_states)`, without holding all logits.
-
-    Args:
-        hidden_states: (B, T, hidden_size).
-        labels: (B, T), not shifted; `ignore_index` is not scored.
-        num_items_in_batch: What the sum is divided by. Default: the number of labels scored.
-        shift_labels: (B, T), shifted already; instead of `labels`.
-        kwargs: Those of the model that came along; ignored, as in transformers' loss.
-    """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.to(hidden_states.device)
-    scored = shift_labels != ignore_index
-    weight: torch.Tensor = head.weight
-    bias: torch.Tensor | None = head.bias
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    rows = hidden_states[scored].to(weight.dtype)
-    with torch.autocast(device_type, enabled=False):
-        loss = HeadCrossEntropy.apply(rows, weight, bias, shift_labels[scored], logits_scaling)
-    count = scored.sum() if num_items_in_batch is None else num_items_in_batch
-    return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)

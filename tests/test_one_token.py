@@ -318,7 +318,7 @@ def test_keys_by_feature_are_attended_to_as_by_token(kv_heads, group, mask):
 @pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "by layer", "alibi", "learned"])
 def test_keys_by_feature_give_the_logits_of_a_pass_without_a_cache(variant, padding, path, monkeypatch):
     monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
-    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", 10)
+    monkeypatch.setattr(ops_groupformer, "FEW_QUERIES", 10)
     model, counts = model_of(**USUAL[variant]), (9, 1, 1, 2, 1, 13, 1, 1)
     if path == "eager":
         model.set_attn_implementation("eager")

@@ -7,8 +7,9 @@ from torch import nn
 from transformers.integrations import sdpa_attention
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from groupformer import GroupFormerForCausalLM, ops_groupformer
-from groupformer.ops_groupformer import HeadCrossEntropy, project, sdpa_attention_forward
+from groupformer import GroupFormerForCausalLM, loss_groupformer, ops_groupformer
+from groupformer.loss_groupformer import HeadCrossEntropy
+from groupformer.ops_groupformer import project, sdpa_attention_forward
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -19,7 +20,7 @@ from .helpers import random_ids, randomize, tiny_config
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows at a time, so that a few rows are several chunks."""
-    monkeypatch.setattr(ops_groupformer, "CHUNK_SIZE", 5 * 99)
+    monkeypatch.setattr(loss_groupformer, "CHUNK_SIZE", 5 * 99)
 
 
 def training_model(**overrides):

@@ -72,6 +72,8 @@ def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
             notes = []
             if "memory_ratio" in run:
                 notes.append(f"peak {run['peak_mib']:,.0f} MiB ({run['memory_ratio']:.2f})")
+            if "kernel_seconds" in run:
+                notes.append(f"the GPU computes for {run['kernel_seconds'] * 1e3:.2f} ms")
             if "first_call" in run:
                 notes.append(f"first call {run['first_call']:.1f} s")
             if "added_seconds" in row and name == cases.OURS:

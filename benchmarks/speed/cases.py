@@ -141,10 +141,10 @@ def compiled(setting: Setting) -> Iterator[dict[str, Any]]:
     shape = setting.of()
     models = pair(shape, setting.device)
     runs = {
-        f"{name}, compiled": torch_runs.decode_static(model, context, setting.tokens, True)
+        f"{name}, compiled": torch_runs.StaticDecoding(model, context, setting.tokens, True)
         for name, model in models.items()
     }
-    runs[f"{OURS}, eager"] = torch_runs.decode_static(models[OURS], context, setting.tokens, False)
+    runs[f"{OURS}, eager"] = torch_runs.StaticDecoding(models[OURS], context, setting.tokens, False)
     runs[f"{OURS}, generate"] = torch_runs.decode(models[OURS], context, setting.tokens)
     first = {name: timed(run) for name, run in runs.items()}
     base = f"{LLAMA}, compiled"
@@ -174,7 +174,7 @@ def int8(setting: Setting) -> Iterator[dict[str, Any]]:
         if "bfloat16" in fast_dtypes(setting.device):
             narrow = ours(llama(setting.of(dtype="bfloat16"), setting.device))
             quantize_(narrow, Int8WeightOnlyConfig())
-            run = torch_runs.decode_static(narrow, context, setting.tokens, compiled=True)
+            run = torch_runs.StaticDecoding(narrow, context, setting.tokens, compiled=True)
             runs[f"{OURS}, int8 by torchao, bfloat16, compiled"] = run
     with engines(native, shape, setting, {"llama.cpp Q8_0": "q8_0"}) as peers:
         runs |= {name: peer.run("decode", context, setting.tokens) for name, peer in peers.items() if name != "litgpt"}

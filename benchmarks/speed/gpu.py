@@ -32,6 +32,7 @@ from .shapes import SHAPES, Shape, llama, ours
 
 
 VOCABULARY = 32768
+COMPILED = f"{OURS}, compiled"
 
 # Dense bfloat16 TFLOP/s and bytes a second, as the vendor states them, by a part of the GPU's name.
 PEAKS = {"H100 80GB HBM3": (989, 3.35e12), "H100 PCIe": (756, 2.0e12), "H200": (989, 4.8e12)}
@@ -77,7 +78,8 @@ def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator
     for backend in backends():
         for model in models.values():
             model.set_attn_implementation(backend)
-        same_logits(models)
+        if options.only_compile is None:
+            same_logits(models)
         kinds = {
             f"prefill {length}": {name: torch_runs.prefill(model, length) for name, model in models.items()},
             f"decode at {context}, eager": {
@@ -85,36 +87,64 @@ def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator
             },
         }
         if backend == "sdpa":
-            kinds[f"decode at {context}, compiled, static cache"] = {
-                name: torch_runs.decode_static(model, context, tokens, compiled=True) for name, model in models.items()
-            }
+            kinds[f"decode at {context}, compiled, static cache"] = static_decoding(models, options, label)
         for kind, runs in kinds.items():
+            if options.only_compile is not None:
+                for name, run in runs.items():
+                    if isinstance(run, torch_runs.StaticDecoding) and name in (options.only_compile or runs):
+                        run()
+                continue
             bound = (
                 {"flops": shape.prefill_flops(length), "dtype": shape.dtype}
                 if kind.startswith("prefill")
                 else {"bytes": shape.decode_bytes(context)}
             )
-            seconds = alternate(runs, options.rounds)
-            yield {"case": f"{label}, {backend}, {kind}", "base": LLAMA, **bound, "runs": summary(seconds, LLAMA)}
+            table = summary(alternate(runs, options.rounds), LLAMA)
+            for name, run in runs.items():
+                if isinstance(run, torch_runs.StaticDecoding) and options.device == "cuda":
+                    table[name]["kernel_seconds"], lines = torch_runs.kernels(run.one, times=4)
+                    keep_profile(options, f"{label}, {kind}, {name}", lines)
+            yield {"case": f"{label}, {backend}, {kind}", "base": LLAMA, **bound, "runs": table}
+
+
+def static_decoding(models: dict[str, Any], options: argparse.Namespace, label: str) -> dict[str, Any]:
+    """Both compiled as most would, and ours as a compiler does it that is asked to try."""
+    context, tokens = (32, 4) if options.tiny else (1024, 64)
+    chosen = [(name, model, False) for name, model in models.items()]
+    if label in options.tuned:
+        chosen.append((f"{OURS}, tuned", models[OURS], True))
+    return {
+        name: torch_runs.StaticDecoding(model, context, tokens, compiled=True, tuned=tuned)
+        for name, model, tuned in chosen
+    }
 
 
 def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[dict[str, Any]]:
     """A training step, one model at a time, for the memory's sake: eager both, compiled ours."""
     batch, length = (2, 32) if options.tiny else (options.training_batch, 2048)
+    names, only_compile = [LLAMA, OURS, COMPILED], options.only_compile is not None
+    names = names[2 * only_compile : 3 if label in options.compiled_training else 2]
     for backend in backends():
         seconds, peaks = {}, {}
-        for name, compiled in ((LLAMA, False), (OURS, False), (f"{OURS}, compiled", True)):
+        for name in names:
             model = llama(shape, options.device)
             model = model if name == LLAMA else ours(model)
             model.set_attn_implementation(backend)
-            step = torch_runs.training_step(model, batch, length, compiled)
-            seconds |= alternate({name: step}, options.rounds)
+            step = torch_runs.training_step(model, batch, length, compiled=name == COMPILED)
+            if only_compile:
+                step()
+            else:
+                seconds |= alternate({name: step}, options.rounds)
             if options.device == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated()
+                if not only_compile:
+                    keep_profile(options, f"{label}, training, {name}", torch_runs.kernels(step)[1])
                 torch.cuda.reset_peak_memory_stats()
             del model, step
             gc.collect()
             torch.cuda.empty_cache()
+        if only_compile:
+            return
         row = {
             "case": f"{label}, {backend}, training step {batch}x{length}",
             "base": LLAMA,
@@ -125,6 +155,12 @@ def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[
         for name, peak in peaks.items():
             row["runs"][name] |= {"peak_mib": peak / 2**20, "memory_ratio": peak / peaks[LLAMA]}
         yield row
+
+
+def keep_profile(options: argparse.Namespace, name: str, lines: str) -> None:
+    """Appends the kernels of a run to the file of profiles."""
+    with open(options.output / "kernels.txt", "a") as file:
+        file.write(f"{name}\n{lines}\n\n")
 
 
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +182,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["1b", "125m"], choices=SHAPES)
     parser.add_argument("--heads", nargs="+", default=["GQA", "MHA", "MQA"], choices=["MHA", "GQA", "MQA"])
     parser.add_argument("--parts", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--tuned", nargs="*", default=["1b GQA"], help="Also decoded as TUNED says, e.g. '1b GQA'.")
+    parser.add_argument("--compiled-training", nargs="*", default=["1b GQA", "125m GQA"], help="Likewise, training.")
+    parser.add_argument(
+        "--only-compile", nargs="*", metavar="RUN", help="Fill the compiler's cache, of these runs or all; time none."
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--training-batch", type=int, default=8)
     parser.add_argument("--peak-tflops", type=float, help="e.g. 989 for an H100 SXM in bfloat16")
@@ -166,7 +207,8 @@ def main() -> None:
     if options.tiny:
         options.shapes, options.rounds = ["tiny"], 2
     options.output.mkdir(parents=True, exist_ok=True)
-    limits = limits_of(options)
+    torch._dynamo.config.recompile_limit = 64  # one code for all models
+    limits: dict[str, Any] = {} if options.only_compile is not None else limits_of(options)
     report: dict[str, Any] = {
         "machine": machine(options.device, torch.get_num_threads()),
         "ceilings": limits,
@@ -187,8 +229,9 @@ def main() -> None:
                     (options.output / "speed-gpu.json").write_text(json.dumps(report, indent=1))
                     print(*(" | ".join(line) for line in lines([row])), sep="\n", flush=True)
                 gc.collect()
-    (options.output / "speed-gpu.md").write_text(markdown(report))
-    print(markdown(report))
+    if options.only_compile is None:
+        (options.output / "speed-gpu.md").write_text(markdown(report))
+        print(markdown(report))
 
 
 if __name__ == "__main__":

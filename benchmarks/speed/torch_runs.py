@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from .measure import timed
+from .measure import synchronize, timed
 
 
 def random_prompt(model: Any, batch: int, length: int) -> torch.Tensor:
@@ -72,28 +72,58 @@ def generate(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, tokens: in
     )
 
 
-def decode_static(model: Any, context: int, tokens: int, compiled: bool) -> Callable[[], float]:
-    """Seconds a token with a static cache, the step compiled as one graph if asked for."""
-    input_ids = random_prompt(model, 1, context)
-    mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # CUDA graphs: no launches to wait for
-    forward = torch.compile(model.forward, fullgraph=True, mode=mode) if compiled else model.forward
-    cache = StaticCache(config=model.config, max_cache_len=context + tokens + 1)
+# A compiler that writes the products of one row itself, and chooses their sizes by trying: minutes of compiling.
+TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+
+
+class StaticDecoding:
+    """Decoding with a static cache; the step compiled as one graph if asked for."""
+
+    def __init__(self, model: Any, context: int, tokens: int, compiled: bool, tuned: bool = False) -> None:
+        self.model, self.context, self.tokens = model, context, tokens
+        self.input_ids = random_prompt(model, 1, context)
+        mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # CUDA graphs: no launches to wait for
+        options: dict[str, Any] = {"options": TUNED} if tuned else {"mode": mode}
+        self.forward = torch.compile(model.forward, fullgraph=True, **options) if compiled else model.forward
+        self.cache = StaticCache(config=model.config, max_cache_len=context + tokens + 8)
 
     @torch.no_grad()
-    def run() -> float:
-        cache.reset()
-        logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    def __call__(self) -> float:
+        """Seconds a token: the median step."""
+        self.cache.reset()
+        options = {"past_key_values": self.cache, "use_cache": True}
+        logits = self.model(self.input_ids, logits_to_keep=1, **options).logits
         token, steps = logits[:, -1:].argmax(-1), []
-        for index in range(tokens):
-            position = torch.tensor([[context + index]], device=model.device)
+        for index in range(self.tokens):
+            position = torch.tensor([[self.context + index]], device=self.model.device)
             started = time.perf_counter()
-            logits = forward(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+            logits = self.forward(input_ids=token, position_ids=position, **options).logits
             token = logits[:, -1:].argmax(-1)
             token.cpu()  # waits for a GPU
             steps.append(time.perf_counter() - started)
         return sorted(steps)[len(steps) // 2]
 
-    return run
+    @torch.no_grad()
+    def one(self) -> None:
+        """One more token, for a profiler; the cache has room for a few after a call."""
+        token, position = torch.tensor([[[1]], [[self.context + self.tokens]]], device=self.model.device).unbind()
+        self.forward(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
+
+
+def kernels(work: Callable[[], Any], times: int = 1) -> tuple[float, str]:
+    """Seconds in which a GPU computes during one call, and the table of its kernels, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(times):
+            work()
+        synchronize()
+    events = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    micros = [event.self_device_time_total / times for event in events]
+    lines = [f"{spent:10.1f} us {it.count / times:6.0f} x  {it.key[:120]}" for spent, it in zip(micros, events)]
+    return sum(micros) * 1e-6, "\n".join(lines[:40])
 
 
 def training_step(model: Any, batch: int, length: int, compiled: bool = False) -> Callable[[], float]:
