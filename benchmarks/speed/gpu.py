@@ -1,6 +1,7 @@
 """The same on a GPU, in one call: builds the models, checks that they agree, and times them.
 
-    python -m benchmarks.speed.gpu                            # 1B and 125M, bfloat16, GQA, MHA and MQA; ~9 minutes
+    python -m benchmarks.speed.gpu                            # 1B and 125M, bfloat16, GQA, MHA and MQA
+    python -m benchmarks.speed.gpu --shapes 1b --heads MHA --only-compile &     # fills the compiler's cache first
     python -m benchmarks.speed.gpu --shapes 1b --output DIR
     python -m benchmarks.speed.gpu --device cpu --tiny        # shows on any machine that it works
 
@@ -8,7 +9,10 @@ For each shape and head count: prefill of 2,048 tokens, decoding at 1,024 eager 
 static cache, a training step eager and compiled, each for every attention backend that is installed; beside
 transformers' Llama with the same weights. Model FLOPs utilisation (MFU) is the share of --peak-tflops, and decoding's
 share that of --peak-bandwidth (bytes a second). Without them the vendor's are taken where the GPU is in `PEAKS`, and
-elsewhere what it reaches in the script's own measurement. Its numbers of an H200 are in docs/benchmarks.md.
+elsewhere what it reaches in the script's own measurement. kernels.txt has profiles of compiled tokens and training.
+
+Compiling takes most of the time: half a minute a model, two minutes for `--tuned`. On a GPU that is lent by the
+minute, compile everything in processes side by side before. Its numbers of an H200 and an H100 are in docs/benchmarks.md.
 """
 
 import argparse
