@@ -12,7 +12,7 @@ share that of --peak-bandwidth (bytes a second). Without them the vendor's are t
 elsewhere what it reaches in the script's own measurement. kernels.txt has profiles of compiled tokens and training.
 
 Compiling takes most of the time: half a minute a model, two minutes for `--tuned`. On a GPU that is lent by the
-minute, compile everything in processes side by side before. Its numbers of an H200 and an H100 are in docs/benchmarks.md.
+minute, compile everything in processes side by side before. Numbers of an H200 and an H100: docs/benchmarks.md.
 """
 
 import argparse
