@@ -98,7 +98,8 @@ def prefill(setting: Setting) -> Iterator[dict[str, Any]]:
                 runs = {name: torch_runs.prefill(model, length) for name, model in models.items()}
                 runs |= {name: peer.run("prefill", length) for name, peer in peers.items()}
                 case = f"prefill {length}, {dtype}"
-                yield row(case, alternate(runs, setting.rounds), flops=shape.prefill_flops(length), dtype=dtype)
+                seconds = alternate(runs, setting.rounds, twice=True)
+                yield row(case, seconds, flops=shape.prefill_flops(length), dtype=dtype)
 
 
 def decode(setting: Setting) -> Iterator[dict[str, Any]]:

@@ -25,13 +25,20 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def alternate(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Calls each run once to warm up and then `rounds` times in turn, in the opposite order every other round."""
+def alternate(runs: dict[str, Run], rounds: int, twice: bool = False) -> dict[str, list[float]]:
+    """Calls each run once to warm up and then `rounds` times in turn; every other round neighbours change places.
+
+    A run that comes after another process's can be a fifth slower. So the first two, which are compared, come there
+    equally often; with `twice`, the second of two calls in a row is timed.
+    """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    swapped = [name for place in range(0, len(names), 2) for name in reversed(names[place : place + 2])]
     for index in range(rounds):
-        for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
+        for name in (names, swapped)[index % 2]:
+            _ = twice and runs[name]()
             seconds[name].append(runs[name]())
     return seconds
 
