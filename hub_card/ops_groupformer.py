@@ -170,11 +170,11 @@ def sdpa_attention_forward(
     by_feature = is_by_feature(key)
     many_of_own = length > 1 and group * length > FEW_QUERIES if by_feature else group == 1 and length > 1
     in_graph = torch.compiler.is_compiling()
-    reads_static_cache = in_graph and length == 1 and attention_mask is not None and kwargs.get("dropout", 0.0) == 0.0
-    if reads_static_cache and group > 1 and query.is_cuda:
-        output = attend_in_graph(query, key, value, attention_mask, kwargs.get("scaling"))
+    on_gpu = in_graph and query.is_cuda and group > 1 and length == 1 and not kwargs.get("dropout")
+    if on_gpu and attention_mask is not None:
+        output = attend_in_graph(query, key, value, attention_mask, kwargs["scaling"])
         return output.transpose(1, 2).contiguous(), None
-    in_other_graph = in_graph and not (reads_static_cache and query.is_cpu)
+    in_other_graph = in_graph and not (query.is_cpu and length == 1 and attention_mask is not None)
     if many_of_own or not follows_cached or "cache" in kwargs or in_other_graph:
         key = key.contiguous() if by_feature else key  # torch's kernels read them by token
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
@@ -226,26 +226,20 @@ def attend_by_feature(
 
 
 def attend_in_graph(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scale: float | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of one token (B, H, 1, D) of which torch's compiler makes a few small kernels for a GPU.
 
     No key is repeated in memory. The scores are sums that the compiler keeps in float32 and joins with the softmax.
     """
     batch, heads, _, head_dim = query.shape
-    kv_heads = key.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    kv_heads, seen = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, 1, head_dim).float() * scale
     scores = (grouped * key.unsqueeze(2)).sum(-1)  # (B, G, H / G, S)
-    if attention_mask is not None:
-        attention_mask = attention_mask.expand(batch, -1 if attention_mask.shape[1] > 1 else kv_heads, 1, -1)
-        by_group = attention_mask.reshape(batch, kv_heads, -1, key.shape[2])
-        is_boolean = attention_mask.dtype is torch.bool
-        scores = scores.masked_fill(~by_group, -torch.inf) if is_boolean else scores + by_group
+    if attention_mask.shape[1] > 1:  # biases of each head
+        attention_mask = attention_mask.reshape(-1, kv_heads, heads // kv_heads, seen)
+    is_boolean = attention_mask.dtype is torch.bool
+    scores = scores.masked_fill(~attention_mask, -torch.inf) if is_boolean else scores + attention_mask
     return torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value).reshape(batch, heads, 1, -1)
 
 

@@ -36,7 +36,7 @@ from .shapes import SHAPES, Shape, llama, ours
 
 
 VOCABULARY = 32768
-COMPILED = f"{OURS}, compiled"
+COMPILED, TUNED = f"{OURS}, compiled", f"{OURS}, tuned"
 
 # Dense bfloat16 TFLOP/s and bytes a second, as the vendor states them, by a part of the GPU's name.
 PEAKS = {"H100 80GB HBM3": (989, 3.35e12), "H100 PCIe": (756, 2.0e12), "H200": (989, 4.8e12)}
@@ -52,6 +52,24 @@ def head_counts(shape_name: str) -> dict[str, int]:
     """MHA, GQA (four query heads to one) and MQA of a shape."""
     heads = SHAPES[shape_name]["num_attention_heads"]
     return {"MHA": heads, "GQA": heads // 4, "MQA": 1}
+
+
+def shapes(options: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
+    """What to build, each with its label, e.g. "1b GQA"; the usual sharing first, at every size."""
+    for kind in options.heads:
+        for name in options.shapes:
+            heads, vocabulary = head_counts(name)[kind], 512 if options.tiny else VOCABULARY
+            yield f"{name} {kind}", Shape(name, heads, vocabulary, "bfloat16")
+
+
+def decoding_size(options: argparse.Namespace) -> tuple[int, int]:
+    """Tokens of context, and new ones."""
+    return (32, 4) if options.tiny else (1024, 64)
+
+
+def training_size(options: argparse.Namespace) -> tuple[int, int]:
+    """Rows of a training step, and the tokens of each."""
+    return (2, 32) if options.tiny else (options.training_batch, 2048)
 
 
 @torch.no_grad()
@@ -76,14 +94,13 @@ def same_logits(models: dict[str, Any]) -> None:
 
 def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[dict[str, Any]]:
     """Prefill and decoding, eager and compiled."""
-    length, context, tokens = (64, 32, 4) if options.tiny else (2048, 1024, 64)
+    length, (context, tokens) = 64 if options.tiny else 2048, decoding_size(options)
     native = llama(shape, options.device)
     models = {LLAMA: native, OURS: ours(native)}
     for backend in backends():
         for model in models.values():
             model.set_attn_implementation(backend)
-        if options.only_compile is None:
-            same_logits(models)
+        same_logits(models)
         kinds = {
             f"prefill {length}": {name: torch_runs.prefill(model, length) for name, model in models.items()},
             f"decode at {context}, eager": {
@@ -91,13 +108,10 @@ def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator
             },
         }
         if backend == "sdpa":
-            kinds[f"decode at {context}, compiled, static cache"] = static_decoding(models, options, label)
+            kinds[f"decode at {context}, compiled, static cache"] = static_decoding(
+                models, context, tokens, label in options.tuned
+            )
         for kind, runs in kinds.items():
-            if options.only_compile is not None:
-                for name, run in runs.items():
-                    if isinstance(run, torch_runs.StaticDecoding) and name in (options.only_compile or runs):
-                        run()
-                continue
             bound = (
                 {"flops": shape.prefill_flops(length), "dtype": shape.dtype}
                 if kind.startswith("prefill")
@@ -111,23 +125,20 @@ def inference(shape: Shape, options: argparse.Namespace, label: str) -> Iterator
             yield {"case": f"{label}, {backend}, {kind}", "base": LLAMA, **bound, "runs": table}
 
 
-def static_decoding(models: dict[str, Any], options: argparse.Namespace, label: str) -> dict[str, Any]:
-    """Both compiled as most would, and ours as a compiler does it that is asked to try."""
-    context, tokens = (32, 4) if options.tiny else (1024, 64)
-    chosen = [(name, model, False) for name, model in models.items()]
-    if label in options.tuned:
-        chosen.append((f"{OURS}, tuned", models[OURS], True))
-    return {
-        name: torch_runs.StaticDecoding(model, context, tokens, compiled=True, tuned=tuned)
-        for name, model, tuned in chosen
-    }
+def static_decoding(
+    models: dict[str, Any], context: int, tokens: int, tuned: bool
+) -> dict[str, torch_runs.StaticDecoding]:
+    """Both compiled as most would, and with `tuned` ours as a compiler does it that is asked to try."""
+    runs = {name: torch_runs.StaticDecoding(model, context, tokens, compiled=True) for name, model in models.items()}
+    if tuned:
+        runs[TUNED] = torch_runs.StaticDecoding(models[OURS], context, tokens, compiled=True, tuned=True)
+    return runs
 
 
 def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[dict[str, Any]]:
     """A training step, one model at a time, for the memory's sake: eager both, compiled ours."""
-    batch, length = (2, 32) if options.tiny else (options.training_batch, 2048)
-    names, only_compile = [LLAMA, OURS, COMPILED], options.only_compile is not None
-    names = names[2 * only_compile : 3 if label in options.compiled_training else 2]
+    batch, length = training_size(options)
+    names = [LLAMA, OURS, *([COMPILED] if label in options.compiled_training else [])]
     for backend in backends():
         seconds, peaks = {}, {}
         for name in names:
@@ -135,20 +146,14 @@ def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[
             model = model if name == LLAMA else ours(model)
             model.set_attn_implementation(backend)
             step = torch_runs.training_step(model, batch, length, compiled=name == COMPILED)
-            if only_compile:
-                step()
-            else:
-                seconds |= alternate({name: step}, options.rounds)
+            seconds |= alternate({name: step}, options.rounds)
             if options.device == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated()
-                if not only_compile:
-                    keep_profile(options, f"{label}, training, {name}", torch_runs.kernels(step)[1])
+                keep_profile(options, f"{label}, training, {name}", torch_runs.kernels(step)[1])
                 torch.cuda.reset_peak_memory_stats()
             del model, step
             gc.collect()
             torch.cuda.empty_cache()
-        if only_compile:
-            return
         row = {
             "case": f"{label}, {backend}, training step {batch}x{length}",
             "base": LLAMA,
@@ -159,6 +164,23 @@ def training(shape: Shape, options: argparse.Namespace, label: str) -> Iterator[
         for name, peak in peaks.items():
             row["runs"][name] |= {"peak_mib": peak / 2**20, "memory_ratio": peak / peaks[LLAMA]}
         yield row
+
+
+def fill_cache(shape: Shape, options: argparse.Namespace, label: str) -> None:
+    """Calls once what is compiled, so that a later process finds it in the compiler's cache."""
+    wanted = options.only_compile or (LLAMA, OURS, TUNED, COMPILED)
+    native = llama(shape, options.device)
+    if "inference" in options.parts:
+        models = {LLAMA: native, OURS: ours(native)}
+        for model in models.values():
+            model.set_attn_implementation("sdpa")
+        for name, run in static_decoding(models, *decoding_size(options), label in options.tuned).items():
+            if name in wanted:
+                run()
+    if "training" in options.parts and label in options.compiled_training and COMPILED in wanted:
+        model = ours(native)
+        model.set_attn_implementation("sdpa")
+        torch_runs.training_step(model, *training_size(options), compiled=True)()
 
 
 def keep_profile(options: argparse.Namespace, name: str, lines: str) -> None:
@@ -186,7 +208,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["1b", "125m"], choices=SHAPES)
     parser.add_argument("--heads", nargs="+", default=["GQA", "MHA", "MQA"], choices=["MHA", "GQA", "MQA"])
     parser.add_argument("--parts", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--tuned", nargs="*", default=["1b GQA"], help="Also decoded as TUNED says, e.g. '1b GQA'.")
+    parser.add_argument(
+        "--tuned", nargs="*", default=["1b GQA"], help="Also decoded by a tuned compiler, e.g. '1b GQA'."
+    )
     parser.add_argument("--compiled-training", nargs="*", default=["1b GQA", "125m GQA"], help="Likewise, training.")
     parser.add_argument(
         "--only-compile", nargs="*", metavar="RUN", help="Fill the compiler's cache, of these runs or all; time none."
@@ -212,30 +236,29 @@ def main() -> None:
         options.shapes, options.rounds = ["tiny"], 2
     options.output.mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.recompile_limit = 64  # one code for all models
-    limits: dict[str, Any] = {} if options.only_compile is not None else limits_of(options)
+    if options.only_compile is not None:
+        for label, shape in shapes(options):
+            fill_cache(shape, options, label)
+        return
+    limits = limits_of(options)
     report: dict[str, Any] = {
         "machine": machine(options.device, torch.get_num_threads()),
         "ceilings": limits,
         "rows": [],
     }
     started = time.monotonic()
-    for kind in options.heads:  # the usual one first, at every size
-        for shape_name in options.shapes:
-            shape = Shape(shape_name, head_counts(shape_name)[kind], 512 if options.tiny else VOCABULARY, "bfloat16")
-            for part in options.parts:
-                if time.monotonic() - started > options.minutes * 60:
-                    print(f"left out, no time: {shape_name} {kind} {part}", flush=True)
-                    continue
-                for row in {"inference": inference, "training": training}[part](
-                    shape, options, f"{shape_name} {kind}"
-                ):
-                    report["rows"].append(add_shares(row, limits))
-                    (options.output / "speed-gpu.json").write_text(json.dumps(report, indent=1))
-                    print(*(" | ".join(line) for line in lines([row])), sep="\n", flush=True)
-                gc.collect()
-    if options.only_compile is None:
-        (options.output / "speed-gpu.md").write_text(markdown(report))
-        print(markdown(report))
+    for label, shape in shapes(options):
+        for part in options.parts:
+            if time.monotonic() - started > options.minutes * 60:
+                print(f"left out, no time: {label} {part}", flush=True)
+                continue
+            for row in {"inference": inference, "training": training}[part](shape, options, label):
+                report["rows"].append(add_shares(row, limits))
+                (options.output / "speed-gpu.json").write_text(json.dumps(report, indent=1))
+                print(*(" | ".join(line) for line in lines([row])), sep="\n", flush=True)
+            gc.collect()
+    (options.output / "speed-gpu.md").write_text(markdown(report))
+    print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def alternate(runs: dict[str, Run], rounds: int, twice: bool = False) -> dict[st
     swapped = [name for place in range(0, len(names), 2) for name in reversed(names[place : place + 2])]
     for index in range(rounds):
         for name in (names, swapped)[index % 2]:
-            _ = twice and runs[name]()
+            if twice:
+                runs[name]()
             seconds[name].append(runs[name]())
     return seconds
 
