@@ -133,15 +133,20 @@ class Room:
         return Room(change(self.key_memory), change(self.value_memory), self.length, self.start)
 
 
-def roomy(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Memory that begins with these pieces (B, G, any, D), one behind the other, and is a quarter larger.
+def roomy(held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Memory that begins with what is held (B, G, S - T, D) and new (B, G, T, D), and is a quarter larger than both.
 
-    It is laid out as the first piece.
+    It is laid out as what is held.
     """
-    length = sum(piece.shape[2] for piece in pieces)
-    memory = new_memory(pieces[-1], length + length // 4, is_by_feature(pieces[0]))
-    for part, piece in zip(memory.narrow(2, 0, length).split([piece.shape[2] for piece in pieces], dim=2), pieces):
-        part.copy_(piece)
+    if held is None:
+        length = new.shape[2]
+        memory = new_memory(new, length + length // 4, is_by_feature(new))
+        memory.narrow(2, 0, length).copy_(new)
+        return memory
+    place, length = held.shape[2], held.shape[2] + new.shape[2]
+    memory = new_memory(new, length + length // 4, is_by_feature(held))
+    memory.narrow(2, 0, place).copy_(held)
+    memory.narrow(2, place, new.shape[2]).copy_(new)
     return memory
 
 
@@ -174,20 +179,17 @@ class GrowingLayer(DynamicLayer):
         if self.must_copy(key_states, value_states):
             self.room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if not self.is_initialized:  # as `lazy_initialization`, less the empty keys and values
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         room = self.owned_room()
         if room is not None and room.takes(key_states.shape[2]):
             if key_states.shape[2] == 1 and read_faster_by_feature(room.keys):
                 room.lay_keys_by_feature()
             room.append(key_states, value_states)
         else:
-            held = self.get_seq_length()
-            room = Room(
-                roomy([self.keys, key_states] if held else [key_states]),
-                roomy([self.values, value_states] if held else [value_states]),
-                held + key_states.shape[2],
-            )
+            count = self.get_seq_length() if self.keys is not None else 0
+            keys, values = (self.keys, self.values) if count else (None, None)
+            room = Room(roomy(keys, key_states), roomy(values, value_states), count + key_states.shape[2])
         self.enter(room)
         return room.keys, room.values
 
@@ -272,7 +274,8 @@ class GrowingSlidingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):
             seen = key_states, value_states
             kept = min(key_states.shape[2], self.sliding_window - 1)
             first = key_states.shape[2] - kept
-            room = Room(roomy([key_states.narrow(2, first, kept)]), roomy([value_states.narrow(2, first, kept)]), kept)
+            kept_keys, kept_values = (states.narrow(2, first, kept) for states in (key_states, value_states))
+            room = Room(roomy(None, kept_keys), roomy(None, kept_values), kept)
         self.enter(room)
         return seen
 

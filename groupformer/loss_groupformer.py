@@ -11,6 +11,7 @@ from torch import nn
 
 
 CHUNK_SIZE = 256 * 49_152  # logits at a time: 48 MiB in float32
+FEW_LOGITS = 2**19  # holding these costs 2 MiB and less time than autograd's call of a function of ours
 GPU_CHUNK_SIZE = 4 * CHUNK_SIZE  # there, each chunk's pass over the head's gradient takes a third of its time
 
 
@@ -41,7 +42,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         rows = max(1, (CHUNK_SIZE if weight.is_cpu else GPU_CHUNK_SIZE) // weight.shape[0])
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_states) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = None  # the first chunk's, and from the second on the sum in float32
         grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
         loss = hidden_states.new_zeros((), dtype=torch.float32)
         # Memory for every chunk in turn: new memory of this size comes from the system page by page.
@@ -71,10 +72,16 @@ class HeadCrossEntropy(torch.autograd.Function):
             grad = grad if grad.dtype == hidden.dtype else product.copy_(grad)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+            if not wants_weight:
+                continue
+            if grad_weight is None:
+                grad_weight = grad.t() @ hidden
+            elif hidden.dtype in (torch.float32, torch.float64):
                 grad_weight.addmm_(grad.t(), hidden)
-            elif grad_weight is not None:
-                grad_weight += grad.t() @ hidden
+            else:
+                grad_weight = grad_weight.float().add_(grad.t() @ hidden)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
         return loss
@@ -112,6 +119,14 @@ def head_cross_entropy(
     scored = shift_labels != ignore_index
     weight: torch.Tensor = head.weight
     bias: torch.Tensor | None = head.bias
+    count = scored.sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, torch.Tensor):
+        count = count.to(hidden_states.device)
+    if shift_labels.numel() * weight.shape[0] <= FEW_LOGITS:
+        logits = nn.functional.linear(hidden_states.to(weight.dtype), weight, bias).float() / logits_scaling
+        targets = shift_labels.flatten()
+        total = nn.functional.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum")
+        return total / count
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -119,5 +134,4 @@ def head_cross_entropy(
     rows = hidden_states[scored].to(weight.dtype)
     with torch.autocast(device_type, enabled=False):
         loss = HeadCrossEntropy.apply(rows, weight, bias, shift_labels[scored], logits_scaling)
-    count = scored.sum() if num_items_in_batch is None else num_items_in_batch
-    return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+    return loss / count

@@ -57,13 +57,13 @@ from .masking_groupformer import (
 )
 from .ops_groupformer import (
     OWN_ATTENTION,
+    attention_of_one_token,
     decode_layer,
     is_plain,
     is_row,
     project,
     rms_norm,
     runs_bare,
-    takes_one_token,
 )
 
 
@@ -554,23 +554,23 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             inputs_embeds = look_up(self.embed_tokens, input_ids)
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
-        if position_ids is None:
-            position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
-        check_positions(self.config, position_ids)
-
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` may have prepared them
             masks = create_attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
+        check_positions(self.config, position_ids)
         hidden_states = self.embed(inputs_embeds, position_ids)
         position_embeddings = None
         if self.rotary_emb is not None:  # one for all heads
             position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
-        one_token = takes_one_token(self, hidden_states, past_key_values)
+        attend = attention_of_one_token(self, hidden_states, past_key_values)
         for mask_name, decoder_layer in zip(self.mask_names[: self.config.num_hidden_layers], self.layers):
-            if one_token and decoder_layer.takes_one_token():
+            if attend is not None and decoder_layer.takes_one_token():
                 token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)
-                token = decode_layer(decoder_layer, token, masks[mask_name], position_embeddings, past_key_values)
+                mask = masks[mask_name]
+                token = decode_layer(decoder_layer, token, mask, position_embeddings, past_key_values, attend)
                 hidden_states = token.view(hidden_states.shape)
                 continue
             hidden_states = decoder_layer(

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
 from .cache_groupformer import CACHE_NAME, either_cache_name
 from .configuration_groupformer import GroupFormerConfig
@@ -135,8 +136,11 @@ def create_attention_masks(
     """
     uses_alibi = config.position_embedding_type == "alibi"
     names = layer_mask_names(config)
-    if not uses_alibi and sees_everything(config, inputs_embeds, attention_mask, past_key_values):
-        return dict.fromkeys(names)
+    may_skip = not uses_alibi
+    if may_skip and only_padding_matters(config, inputs_embeds, past_key_values, position_ids):
+        if attention_mask is None or hides_nothing(attention_mask):
+            return dict.fromkeys(names)
+        may_skip = False  # transformers need not look for the same again
     masks = {}
     for name in dict.fromkeys(names):
         layer_idx = names.index(name)
@@ -147,7 +151,7 @@ def create_attention_masks(
             attention_mask=attention_mask,
             position_ids=position_ids,
             layer_idx=layer_idx,
-            allow_is_causal_skip=not uses_alibi,
+            allow_is_causal_skip=may_skip,
             **{CACHE_NAME: past_key_values},
         )
         if uses_alibi:
@@ -156,25 +160,34 @@ def create_attention_masks(
     return masks
 
 
-def sees_everything(
+def only_padding_matters(
     config: GroupFormerConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
 ) -> bool:
-    """Whether one new token sees all that a growing cache holds: sdpa then needs no mask.
+    """Whether attention needs a mask for padding only, as transformers' functions find in more steps.
 
-    Transformers' functions find the same, in more steps.
+    One new token sees all that a growing cache holds. Rows without a past or packed documents are causal as they are,
+    for sdpa.
     """
+    one_token, backend = inputs_embeds.shape[1] == 1, config._attn_implementation
+    if past_key_values is None:
+        suits = position_ids is None
+    else:
+        suits = type(past_key_values) is DynamicCache and (one_token or past_key_values.get_seq_length() == 0)
     return (
-        inputs_embeds.shape[1] == 1
-        and type(past_key_values) is DynamicCache
-        and config._attn_implementation == "sdpa"
+        suits
+        and (backend == "sdpa" or (backend == "eager" and one_token))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and "sliding_attention" not in config.layer_types
-        and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
     )
+
+
+def hides_nothing(attention_mask: torch.Tensor) -> bool:
+    """Whether a mask (B, S) is known to call every token a real one."""
+    return attention_mask.ndim == 2 and not is_tracing(attention_mask) and bool(attention_mask.all())
 
 
 def add_alibi(

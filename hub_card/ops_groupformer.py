@@ -11,6 +11,7 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -68,21 +69,22 @@ def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
     `torch.backends.mkldnn.flags(enabled=False)` turns it off, for those who compare with other models bit by bit.
     """
-    dtype, inputs = hidden_states.dtype, hidden_states.shape[-1]
-    if PREFERS_ONEDNN and dtype is torch.float32 and is_plain_inference(linear, hidden_states):
-        rows, bands = hidden_states.numel() // inputs, 2 * torch.get_num_threads()
-        if 0 < rows <= FEW_ROWS and linear.weight.shape[0] % bands == 0 and linear.weight.is_contiguous():
-            return product_in_bands(hidden_states, linear.weight, linear.bias, rows, bands)
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, linear.weight, linear.bias, "none", [], "")
-    if (
-        not PREFERS_ONEDNN
-        and dtype is torch.bfloat16
-        and hidden_states.numel() == inputs
-        and is_plain_inference(linear, hidden_states)
+    if PREFERS_ONEDNN:
+        if hidden_states.dtype is torch.float32 and is_plain_inference(linear, hidden_states):
+            return project_by_onednn(linear, hidden_states)
+    elif (
+        hidden_states.dtype is torch.bfloat16
+        and hidden_states.numel() == hidden_states.shape[-1]
+        and is_plain(linear)
         and linear.bias is None
+        and linear.weight.numel() >= LARGE_WEIGHT
+        and is_plain_inference(linear, hidden_states)
     ):
-        return torch.mv(linear.weight, hidden_states.reshape(inputs)).view(*hidden_states.shape[:-1], -1)
+        return torch.mv(linear.weight, hidden_states.reshape(-1)).view(*hidden_states.shape[:-1], -1)
     return linear(hidden_states)
+
+
+LARGE_WEIGHT = 2**17  # smaller ones are read as fast by a product of matrices
 
 
 def is_plain_inference(linear: nn.Module, hidden_states: torch.Tensor) -> TypeGuard[nn.Linear]:
@@ -99,6 +101,14 @@ def is_plain_inference(linear: nn.Module, hidden_states: torch.Tensor) -> TypeGu
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0  # flop counters and fake tensors want to see the plain product
     )
+
+
+def project_by_onednn(linear: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)` of plain float32 matrices: few rows in bands, more by oneDNN."""
+    rows, bands = hidden_states.numel() // hidden_states.shape[-1], 2 * torch.get_num_threads()
+    if 0 < rows <= FEW_ROWS and linear.weight.shape[0] % bands == 0 and linear.weight.is_contiguous():
+        return product_in_bands(hidden_states, linear.weight, linear.bias, rows, bands)
+    return torch.ops.mkldnn._linear_pointwise(hidden_states, linear.weight, linear.bias, "none", [], "")
 
 
 FEW_ROWS = 8  # below, reading the weight takes longer than multiplying by it
@@ -203,6 +213,17 @@ def attend(
     if parts > 1:
         return attend_in_parts(query, key, value, parts, scale)
     return nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale)
+
+
+def attend_eagerly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """As `attend`, in the steps of the modeling file's eager attention."""
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return torch.matmul(torch.softmax(scores, dim=-1).to(query.dtype), value)
 
 
 FEW_QUERIES = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads
@@ -313,18 +334,24 @@ OWN_ATTENTION: dict[Any, Any] = {transformers_sdpa: sdpa_attention_forward}
 # called by as few, and with as little Python between them, as their order allows. What is computed is the same.
 
 
-def takes_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> bool:
-    """Whether a model may compute these hidden states (B, T, hidden_size) by `decode_layer`."""
-    return (
+def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> Callable | None:
+    """What attends in `decode_layer`, if a model may compute these hidden states (B, T, hidden_size) by it."""
+    if (
         hidden_states.shape[1] == 1
         and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
-        and ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is transformers_sdpa
         and not model.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not nn.modules.module._has_any_global_hook()
-    )
+    ):
+        name = model.config._attn_implementation
+        backend = ALL_ATTENTION_FUNCTIONS.get(name)
+        if backend is transformers_sdpa:
+            return attend
+        if backend is None and name == "eager":
+            return attend_eagerly
+    return None
 
 
 def decode_layer(
@@ -333,6 +360,7 @@ def decode_layer(
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     past_key_values: Any,
+    attend: Callable,
 ) -> torch.Tensor:
     """A layer with norms before its sublayers, for one new token: `layer(hidden_states, …)`, without dimension T.
 
@@ -341,10 +369,11 @@ def decode_layer(
         attention_mask: (B, 1 or H, 1, S), additive or boolean, or `None`.
         position_embeddings: Cosines and signed sines (B or 1, 1, 1, D), or `None`.
         past_key_values: The cache, which is extended.
+        attend: What attends, of the arguments of the function of that name.
     """
     modules, scale = layer.__dict__["_modules"], layer.residual_multiplier
     normed, attention, mlp = call(modules["input_layernorm"], hidden_states), modules["self_attn"], modules["mlp"]
-    read = decode_attention(attention, normed, attention_mask, position_embeddings, past_key_values)
+    read = decode_attention(attention, normed, attention_mask, position_embeddings, past_key_values, attend)
     hidden_states = add_product(hidden_states, attention.__dict__["_modules"]["o_proj"], read, scale)
     normed = call(modules["post_attention_layernorm"], hidden_states)
     if not runs_bare(mlp):
@@ -366,6 +395,7 @@ def decode_attention(
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     past_key_values: Any,
+    attend: Callable,
 ) -> torch.Tensor:
     """What the heads read for one new token, before the output projection; without norms on queries and keys.
 

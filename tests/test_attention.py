@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from groupformer import GroupFormerModel
+from groupformer import GroupFormerModel, masking_groupformer
+from groupformer.cache_groupformer import new_cache
+from groupformer.masking_groupformer import create_attention_masks
 
 from .helpers import random_ids, randomize, tiny_config
 from .reference import reference_hidden_states
@@ -177,3 +179,44 @@ def test_a_row_of_padding_gives_finite_numbers(backend, position, is_causal):
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
     output = run_whole(model, random_ids(2, 4), mask)
     assert torch.isfinite(output).all()
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+def fresh_cache(config):
+    return new_cache(config)
+
+
+def cache_of_three(config):
+    cache = new_cache(config)
+    for layer_idx in range(config.num_hidden_layers):
+        cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), layer_idx)
+    return cache
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("past", [None, fresh_cache, cache_of_three])
+@pytest.mark.parametrize("padding", [None, 0, 2])
+@pytest.mark.parametrize("packed", [None, False, True])
+def test_masks_are_those_of_transformers(backend, window, length, past, padding, packed, monkeypatch):
+    config = tiny_config(num_key_value_heads=2, sliding_window=window)
+    config._attn_implementation = backend
+    cache = None if past is None else past(config)
+    seen = 0 if cache is None else cache.get_seq_length()
+    mask = None if padding is None else torch.ones(2, seen + length, dtype=torch.long)
+    if padding:
+        mask[0, : min(padding, seen + length - 1)] = 0
+    positions = None if packed is None else torch.arange(length).repeat(2, 1) % (3 if packed else 9) + seen
+    arguments = (config, torch.zeros(2, length, config.hidden_size), mask, cache, positions)
+    ours = create_attention_masks(*arguments)
+    monkeypatch.setattr(masking_groupformer, "only_padding_matters", lambda *_: False)
+    theirs = create_attention_masks(*arguments)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if ours[name] is not None:
+            torch.testing.assert_close(ours[name], expected)
+        else:  # no mask is as good as one that hides nothing
+            assert expected is None or (length == 1 and bool((expected == 0).all()))

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from groupformer import GroupFormerForCausalLM, cache_groupformer, modeling_groupformer, ops_groupformer
 from groupformer.cache_groupformer import is_by_feature
@@ -170,12 +171,42 @@ def test_hidden_states_of_a_token_are_those_of_every_layer():
         torch.testing.assert_close(one, all_tokens[:, -1:], rtol=1e-5, atol=1e-5)
 
 
-def test_other_backends_take_the_usual_way(lean_layers):
-    model = model_of()
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("variant", USUAL)
+def test_eager_attention_of_a_token(variant, padding, lean_layers):
+    model, ids, mask = model_of(**USUAL[variant]), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     model.set_attn_implementation("eager")
-    cached, whole = cached_and_whole(model, random_ids(2, 9))
+    mask[0, :padding] = 0
+    cached, whole = cached_and_whole(model, ids, mask)
     torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
-    assert not lean_layers
+    assert len(lean_layers) == 2
+
+
+def test_eager_attention_shows_the_probabilities_of_a_token():
+    model, ids = model_of(), random_ids(2, 9)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        token = model(ids[:, -1:], past_key_values=cache, output_attentions=True).attentions
+        whole = model(ids, output_attentions=True).attentions
+    assert len(token) == len(whole) == 2
+    for one, all_tokens in zip(token, whole):
+        torch.testing.assert_close(one, all_tokens[:, :, -1:], rtol=1e-5, atol=1e-5)
+
+
+def backend_of_ones(module, query, key, value, attention_mask, **kwargs):
+    return torch.ones_like(query).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["of ones", "eager"])
+def test_other_backends_take_the_usual_way(name, lean_layers, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, backend_of_ones)
+    model = model_of()
+    model.set_attn_implementation(name)
+    read = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    cached_and_whole(model, random_ids(2, 9))
+    assert not lean_layers and len(read) == 3 and all(bool((states == 1).all()) for states in read)
 
 
 def test_gradients_take_the_usual_way(lean_layers):

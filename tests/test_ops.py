@@ -20,7 +20,15 @@ from .helpers import random_ids, randomize, tiny_config
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows at a time, so that a few rows are several chunks."""
+    monkeypatch.setattr(loss_groupformer, "FEW_LOGITS", 0)
     monkeypatch.setattr(loss_groupformer, "CHUNK_SIZE", 5 * 99)
+
+
+@pytest.fixture(params=["in chunks", "all at once"])
+def either_loss(request):
+    """Both ways to the loss: of many logits and of few."""
+    if request.param == "in chunks":
+        request.getfixturevalue("small_chunks")
 
 
 def training_model(**overrides):
@@ -57,7 +65,7 @@ SETTINGS = {
     [{}, {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(17)}, {"ignore_index": 7}],
     ids=["mean", "count", "count in a tensor", "other ignored id"],
 )
-def test_the_loss_without_logits_is_the_plain_loss(small_chunks, setting, options):
+def test_the_loss_without_logits_is_the_plain_loss(either_loss, setting, options):
     model = training_model(**SETTINGS[setting])
     ids, labels = labelled()
     if "ignore_index" in options:
@@ -71,7 +79,7 @@ def test_the_loss_without_logits_is_the_plain_loss(small_chunks, setting, option
         torch.testing.assert_close(lean_grads[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_shifted_labels_can_be_given(small_chunks):
+def test_shifted_labels_can_be_given(either_loss):
     model = training_model()
     ids, labels = labelled()
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -88,7 +96,7 @@ def test_the_loss_is_that_of_an_independent_float64_model(small_chunks):
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_bfloat16_and_autocast_give_the_plain_loss_nearly(small_chunks):
+def test_bfloat16_and_autocast_give_the_plain_loss_nearly(either_loss):
     ids, labels = labelled()
     for cast in (True, False):
         model = training_model()
@@ -100,6 +108,26 @@ def test_bfloat16_and_autocast_give_the_plain_loss_nearly(small_chunks):
         for name, gradient in plain_grads.items():
             distance = (lean_grads[name].float() - gradient.float()).norm() / gradient.float().norm()
             assert distance < 0.03, name
+
+
+def test_few_logits_leave_the_loss_to_torch(monkeypatch):
+    model = training_model()
+    ids, labels = labelled()
+    monkeypatch.setattr(HeadCrossEntropy, "apply", None)  # calling it would fail
+    assert model(ids, labels=labels).loss.grad_fn is not None
+
+
+def test_one_chunk_leaves_the_heads_gradient_in_its_dtype():
+    hidden, weight = torch.randn(4, 8).bfloat16(), torch.randn(99, 8).bfloat16().requires_grad_()
+    loss = HeadCrossEntropy.apply(hidden, weight, None, torch.arange(4), 1.0)
+    assert [saved.dtype for saved in loss.grad_fn.saved_tensors if saved is not None] == [torch.bfloat16]
+
+
+def test_no_label_gives_zero_gradients(small_chunks):
+    weight = torch.randn(99, 8, requires_grad=True)
+    hidden, labels = torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)
+    HeadCrossEntropy.apply(hidden, weight, None, labels, 1.0).backward()
+    assert weight.grad is not None and not weight.grad.any()
 
 
 def test_a_frozen_head_gets_no_gradient(small_chunks):
