@@ -46,6 +46,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_groupformer import CACHE_NAME, either_cache_name, grow_in_place, new_cache, update_options
 from .configuration_groupformer import GroupFormerConfig
+from .decoding_groupformer import (
+    attention_of_one_token,
+    decode_layer,
+    decode_layer_with_norms_after,
+    decode_parallel_layer,
+    is_row,
+    takes_one_token,
+)
 from .loss_groupformer import head_cross_entropy
 from .masking_groupformer import (
     check_backend,
@@ -55,16 +63,7 @@ from .masking_groupformer import (
     layer_mask_names,
     look_up,
 )
-from .ops_groupformer import (
-    OWN_ATTENTION,
-    attention_of_one_token,
-    decode_layer,
-    is_plain,
-    is_row,
-    project,
-    rms_norm,
-    runs_bare,
-)
+from .ops_groupformer import OWN_ATTENTION, is_plain, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -325,15 +324,15 @@ MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
 class GroupFormerDecoderLayer(GradientCheckpointingLayer):
     """Attention, then MLP, each on the normed residual stream and added to it (GPT-2, Llama)."""
 
+    decode = decode_layer
+
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__()
         self.self_attn = GroupFormerAttention(config, layer_idx)
         self.mlp = MLPS[config.mlp_type](config, layer_idx)
         self.residual_multiplier = config.residual_multiplier
-        turns_whole_heads = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
-        # Whether `decode_layer` computes this kind of layer.
-        self.is_usual = type(self) is GroupFormerDecoderLayer and config.qk_norm is None and turns_whole_heads
         self.dropout = config.hidden_dropout
+        self.is_usual = type(self) in LAYERS.values()  # `decode` knows no subclass of anyone else's
         self.build_norms(config)
 
     def build_norms(self, config: GroupFormerConfig) -> None:
@@ -346,11 +345,6 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
             sublayer_output = nn.functional.dropout(sublayer_output, p=self.dropout, training=self.training)
         return sublayer_output if self.residual_multiplier == 1.0 else sublayer_output * self.residual_multiplier
 
-    def takes_one_token(self) -> bool:
-        """Whether `decode_layer` computes what calling this layer would."""
-        attention = self.self_attn
-        return self.is_usual and runs_bare(self) and runs_bare(attention) and attention.own_heads is None
-
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.scale(attn_output)
@@ -359,6 +353,8 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
 
 class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
     """Norms on the sublayers' outputs, before these are added to the residual stream (OLMo 2)."""
+
+    decode = decode_layer_with_norms_after
 
     def build_norms(self, config: GroupFormerConfig) -> None:
         self.post_attention_layernorm = build_norm(config)
@@ -372,6 +368,8 @@ class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
 
 class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
     """Attention and MLP side by side on the same residual stream, each with its own norm (GPT-NeoX) or one (Phi)."""
+
+    decode = decode_parallel_layer
 
     def build_norms(self, config: GroupFormerConfig) -> None:
         self.input_layernorm = build_norm(config)
@@ -567,10 +565,10 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 
         attend = attention_of_one_token(self, hidden_states, past_key_values)
         for mask_name, decoder_layer in zip(self.mask_names[: self.config.num_hidden_layers], self.layers):
-            if attend is not None and decoder_layer.takes_one_token():
+            if attend is not None and takes_one_token(decoder_layer):
                 token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)
                 mask = masks[mask_name]
-                token = decode_layer(decoder_layer, token, mask, position_embeddings, past_key_values, attend)
+                token = decoder_layer.decode(token, mask, position_embeddings, past_key_values, attend)
                 hidden_states = token.view(hidden_states.shape)
                 continue
             hidden_states = decoder_layer(

@@ -1,5 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Faster ways to compute what GroupFormer's modeling file says: products, norms, attention of few tokens, one token.
+"""Faster ways to compute what GroupFormer's modeling file says: products, norms, attention of few tokens.
 
 Each gives the numbers of its plain counterpart (up to rounding) and takes that one wherever something unusual is at
 work: adapters, quantized weights, hooks, parallelism, compiled graphs.
@@ -11,15 +11,12 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_groupformer import is_by_feature
 
@@ -326,132 +323,3 @@ def mask_of_parts(parts: int, step: int, length: int, dtype: torch.dtype) -> tor
 
 # Transformers' attention functions that have a faster counterpart here.
 OWN_ATTENTION: dict[Any, Any] = {transformers_sdpa: sdpa_attention_forward}
-
-
-# One token -----------------------------------------------------------------------------------------------------------
-#
-# A decoded token of a small model takes as long to call its hundreds of operations as to compute them. Here they are
-# called by as few, and with as little Python between them, as their order allows. What is computed is the same.
-
-
-def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> Callable | None:
-    """What attends in `decode_layer`, if a model may compute these hidden states (B, T, hidden_size) by it."""
-    if (
-        hidden_states.shape[1] == 1
-        and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
-        and not model.training
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not nn.modules.module._has_any_global_hook()
-    ):
-        name = model.config._attn_implementation
-        backend = ALL_ATTENTION_FUNCTIONS.get(name)
-        if backend is transformers_sdpa:
-            return attend
-        if backend is None and name == "eager":
-            return attend_eagerly
-    return None
-
-
-def decode_layer(
-    layer: Any,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-    past_key_values: Any,
-    attend: Callable,
-) -> torch.Tensor:
-    """A layer with norms before its sublayers, for one new token: `layer(hidden_states, …)`, without dimension T.
-
-    Args:
-        hidden_states: (B, hidden_size); or (hidden_size,) of a single sequence, where `is_row` says so.
-        attention_mask: (B, 1 or H, 1, S), additive or boolean, or `None`.
-        position_embeddings: Cosines and signed sines (B or 1, 1, 1, D), or `None`.
-        past_key_values: The cache, which is extended.
-        attend: What attends, of the arguments of the function of that name.
-    """
-    modules, scale = layer.__dict__["_modules"], layer.residual_multiplier
-    normed, attention, mlp = call(modules["input_layernorm"], hidden_states), modules["self_attn"], modules["mlp"]
-    read = decode_attention(attention, normed, attention_mask, position_embeddings, past_key_values, attend)
-    hidden_states = add_product(hidden_states, attention.__dict__["_modules"]["o_proj"], read, scale)
-    normed = call(modules["post_attention_layernorm"], hidden_states)
-    if not runs_bare(mlp):
-        return hidden_states.add(call(mlp, normed), alpha=scale)
-    return add_product(hidden_states, mlp.__dict__["_modules"]["down_proj"], decode_mlp(mlp, normed), scale)
-
-
-def is_row(hidden_states: torch.Tensor) -> bool:
-    """Whether hidden states (B, 1, hidden_size) are computed as a vector: a product with a matrix is then one call.
-
-    In float32 and bfloat16 on a CPU; elsewhere products of matrices have the better kernels.
-    """
-    return hidden_states.shape[0] == 1 and hidden_states.is_cpu and hidden_states.dtype in ROW_DTYPES
-
-
-def decode_attention(
-    attention: Any,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-    past_key_values: Any,
-    attend: Callable,
-) -> torch.Tensor:
-    """What the heads read for one new token, before the output projection; without norms on queries and keys.
-
-    Queries and keys are turned together, and since the token is alone, no dimension needs to change its place.
-    """
-    modules, head_dim, size = attention.__dict__["_modules"], attention.head_dim, hidden_states.shape[:-1]
-    batch = size[0] if size else 1
-    query = product(modules["q_proj"], hidden_states)
-    key = product(modules["k_proj"], hidden_states)
-    value = product(modules["v_proj"], hidden_states).view(batch, -1, 1, head_dim)
-    kv_heads = value.shape[1]
-    states = torch.cat((query, key), dim=-1).view(batch, -1, 1, head_dim)  # (B, H + G, 1, D)
-    if position_embeddings is not None and attention.uses_rope:
-        cos, sin = position_embeddings
-        states = torch.addcmul(states * cos, torch.roll(states, head_dim // 2, dims=-1), sin)
-    heads = states.shape[1] - kv_heads
-    key, value = past_key_values.update(states.narrow(1, heads, kv_heads), value, attention.layer_idx)
-    if attention_mask is not None and attention_mask.shape[1] > 1:  # biases of each head
-        attention_mask = attention_mask.reshape(attention_mask.shape[0], kv_heads, -1, attention_mask.shape[-1])
-    query = states.narrow(1, 0, heads).view(batch, kv_heads, -1, head_dim)
-    return attend(query, key, value, attention_mask, attention.scaling).reshape(*size, -1)
-
-
-def decode_mlp(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """A plain or gated MLP for one new token, before its last projection."""
-    modules = mlp.__dict__["_modules"]
-    up, gate = product(modules["up_proj"], hidden_states), modules.get("gate_proj")
-    return call(modules["act_fn"], up) if gate is None else call(modules["act_fn"], product(gate, hidden_states)) * up
-
-
-def call(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`module(hidden_states)` past `nn.Module.__call__`, where that has nothing to do.
-
-    A module that has hooks, an adapter or the like gets (B, 1, features), as it would elsewhere.
-    """
-    if runs_bare(module):
-        return module.forward(hidden_states)
-    output = module(hidden_states.view(-1, 1, hidden_states.shape[-1]))
-    return output.view(*hidden_states.shape[:-1], output.shape[-1])
-
-
-def product(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`, likewise."""
-    if not is_plain(linear):
-        return call(linear, hidden_states)
-    if PREFERS_ONEDNN:
-        return project(linear, hidden_states)
-    parameters = linear.__dict__["_parameters"]
-    weight, bias = parameters["weight"], parameters["bias"]
-    if hidden_states.dim() == 1 and bias is None:
-        return torch.mv(weight, hidden_states)
-    return nn.functional.linear(hidden_states, weight, bias)
-
-
-def add_product(residual: torch.Tensor, linear: nn.Module, hidden_states: torch.Tensor, scale: float) -> torch.Tensor:
-    """`residual + scale * linear(hidden_states)`."""
-    if hidden_states.dim() == 1 and not PREFERS_ONEDNN and is_plain(linear) and linear.bias is None:
-        return torch.addmv(residual, linear.weight, hidden_states, alpha=scale)
-    return residual.add(product(linear, hidden_states), alpha=scale)

@@ -32,12 +32,13 @@ USUAL = {
     "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     "multipliers": {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "num_key_value_heads": 2},
     "window": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-}
-OTHER = {
-    "qk-norm": {"qk_norm": "head"},
+    "qk-norm": {"qk_norm": "head", "num_key_value_heads": 2},
+    "qk-norm, layer norm": {"qk_norm": "head", "norm_type": "layer_norm"},
+    "qk-norm of projections": {"qk_norm": "projection", "num_key_value_heads": 2},
     "partial RoPE": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "parallel residual": {"parallel_residual": True},
-    "norms after": {"norm_position": "after"},
+    "parallel": {"parallel_residual": True, "residual_multiplier": 0.3, "attention_output_bias": True},
+    "parallel, one norm": {"parallel_residual": True, "shared_parallel_norm": True, "mlp_type": "plain"},
+    "norms after": {"norm_position": "after", "residual_multiplier": 0.3, "mlp_bias": True},
 }
 
 
@@ -46,12 +47,15 @@ def lean_layers(monkeypatch):
     """Counts the layers that took the lean path."""
     taken = []
 
-    def counting(layer, *arguments):
-        taken.append(layer)
-        return decode_layer(layer, *arguments)
+    def counted(decode):
+        def counting(layer, *arguments):
+            taken.append(layer)
+            return decode(layer, *arguments)
 
-    decode_layer = modeling_groupformer.decode_layer
-    monkeypatch.setattr(modeling_groupformer, "decode_layer", counting)
+        return counting
+
+    for kind in modeling_groupformer.LAYERS.values():
+        monkeypatch.setattr(kind, "decode", counted(kind.decode))
     return taken
 
 
@@ -95,9 +99,16 @@ def test_a_left_padded_row_is_not_disturbed(variant, lean_layers):
     assert len(lean_layers) == 2
 
 
-@pytest.mark.parametrize("variant", OTHER)
-def test_other_layers_take_the_usual_way(variant, lean_layers):
-    cached, whole = cached_and_whole(model_of(**OTHER[variant]), random_ids(2, 9))
+class ShoutingLayer(modeling_groupformer.GroupFormerDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) * 2
+
+
+def test_layers_of_the_users_own_take_the_usual_way(lean_layers):
+    model = model_of()
+    for index in range(2):
+        model.model.layers[index] = ShoutingLayer(model.config, index).eval()
+    cached, whole = cached_and_whole(model, random_ids(2, 9))
     torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
     assert not lean_layers
 
@@ -110,20 +121,28 @@ def test_a_static_cache_is_read_as_far_as_it_is_filled(lean_layers):
     assert len(lean_layers) == 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.0",
-        "model.layers.0.self_attn",
-        "model.layers.0.mlp",
-        "model.layers.0.mlp.act_fn",
-        "model.layers.0.input_layernorm",
-        "model.layers.0.self_attn.k_proj",
-        "model.layers.0.mlp.gate_proj",
-    ],
-)
-def test_a_hook_sees_the_token_in_its_usual_shape(name):
-    model, shapes = model_of(), []
+HOOKED = [
+    ("GQA", "model.layers.0"),
+    ("GQA", "model.layers.0.self_attn"),
+    ("GQA", "model.layers.0.mlp"),
+    ("GQA", "model.layers.0.mlp.act_fn"),
+    ("GQA", "model.layers.0.input_layernorm"),
+    ("GQA", "model.layers.0.self_attn.k_proj"),
+    ("GQA", "model.layers.0.self_attn.o_proj"),
+    ("GQA", "model.layers.0.mlp.gate_proj"),
+    ("GQA", "model.layers.0.mlp.down_proj"),
+    ("qk-norm", "model.layers.0.self_attn.q_norm"),
+    ("qk-norm of projections", "model.layers.0.self_attn.k_norm"),
+    ("parallel", "model.layers.0.post_attention_layernorm"),
+    ("parallel, one norm", "model.layers.0.mlp"),
+    ("norms after", "model.layers.0.post_feedforward_layernorm"),
+    ("norms after", "model.layers.0.mlp"),
+]
+
+
+@pytest.mark.parametrize("variant, name", HOOKED)
+def test_a_hook_sees_the_token_in_its_usual_shape(variant, name):
+    model, shapes = model_of(**USUAL[variant]), []
     cache = model(random_ids(2, 8), use_cache=True).past_key_values
     hook = model.get_submodule(name).register_forward_hook(
         lambda module, inputs, output: shapes.append((output[0] if isinstance(output, tuple) else output).shape[:2])
