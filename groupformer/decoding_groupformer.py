@@ -178,12 +178,10 @@ def product(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`linear(hidden_states)`, likewise."""
     if not is_plain(linear):
         return call(linear, hidden_states)
-    if PREFERS_ONEDNN:
-        return project(linear, hidden_states)
+    if PREFERS_ONEDNN or hidden_states.dim() > 1:
+        return project(linear, hidden_states, any_layout=True)
     parameters = linear.__dict__["_parameters"]
     weight, bias = parameters["weight"], parameters["bias"]
-    if hidden_states.dim() > 1:
-        return nn.functional.linear(hidden_states, weight, bias)
     return torch.mv(weight, hidden_states) if bias is None else torch.addmv(bias, weight, hidden_states)
 
 

@@ -300,7 +300,7 @@ class GroupFormerPlainMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
+        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states, any_layout=True)))
 
 
 class GroupFormerGatedMLP(GroupFormerPlainMLP):
@@ -311,8 +311,8 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
         self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.act_fn(project(self.gate_proj, hidden_states))
-        return project(self.down_proj, gate * project(self.up_proj, hidden_states))
+        gate = self.act_fn(project(self.gate_proj, hidden_states, any_layout=True))
+        return project(self.down_proj, gate * project(self.up_proj, hidden_states, any_layout=True))
 
 
 MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}

@@ -90,6 +90,19 @@ def test_a_row_has_the_logits_of_float64(variant, dtype, tolerance, lean_layers)
     torch.testing.assert_close(cached.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", USUAL)
+def test_products_of_few_rows_change_no_logits(variant, monkeypatch):
+    model, ids = model_of(**USUAL[variant]), random_ids(9, 5)
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain, _ = cached_and_whole(model, ids)
+    monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
+    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 48)})
+    monkeypatch.setattr(ops_groupformer, "LARGE_WEIGHT", 1)
+    for logits in cached_and_whole(model, ids):
+        torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", USUAL)
 def test_a_left_padded_row_is_not_disturbed(variant, lean_layers):
     model, ids, mask = model_of(**USUAL[variant]), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)

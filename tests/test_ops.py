@@ -214,6 +214,37 @@ def test_products_of_bfloat16_are_rounded_once(monkeypatch, shape, bias):
     torch.testing.assert_close(output.double(), exact, rtol=2**-8, atol=1e-4)
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Products of few rows in their own form, however small they are."""
+    monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
+    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 48), torch.bfloat16: (1, 256)})
+    monkeypatch.setattr(ops_groupformer, "LARGE_WEIGHT", 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (16,), (3, 3), (1, 40), (0, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("by_feature", [True, False])
+@pytest.mark.parametrize("any_layout", [True, False])
+def test_few_rows_give_the_product(few_rows, dtype, shape, bias, by_feature, any_layout):
+    linear, hidden = nn.Linear(64, 48, bias=bias, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
+    if by_feature:
+        hidden = hidden.flatten(0, -2).t().contiguous().t().view(*shape, 64)
+    exact = hidden.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
+    output = project(linear, hidden, any_layout)
+    assert output.shape == (*shape, 48) and output.dtype == dtype and (any_layout or output.is_contiguous())
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-2}
+    torch.testing.assert_close(output.double(), exact, **tolerance)
+
+
+@torch.no_grad()
+def test_few_rows_lie_by_feature_where_any_layout_will_do(few_rows):
+    output = project(nn.Linear(64, 48), torch.randn(1, 9, 64), any_layout=True)
+    assert output.stride()[1:] == (1, 9)
+
+
 def test_a_weight_that_is_a_transposed_view_is_not_cut_into_bands(onednn):
     linear, hidden = nn.Linear(64, 48), torch.randn(1, 1, 64)
     linear.weight.data = torch.randn(64, 48).t()
