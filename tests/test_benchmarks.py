@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.speed.measure import alternate, summary
 from benchmarks.speed.shapes import Shape, llama, ours
+from groupformer.families.registry import FAMILIES
 
 
 def test_parameters_are_those_of_the_model():
@@ -56,3 +57,12 @@ def test_the_scripts_run(tmp_path, module, arguments, result):
     rows = json.loads((tmp_path / result).read_text())["rows"]
     assert {"transformers' Llama", "GroupFormer"} <= set(rows[0]["runs"])
     assert all(run["seconds"] > 0 and run["ceiling_share"] > 0 for row in rows for run in row["runs"].values())
+
+
+def test_every_family_is_timed(tmp_path):
+    arguments = ["--tiny", "--rounds", "1", "--dtypes", "float32", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.families", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "families.json").read_text())["rows"]
+    assert [row["family"] for row in rows] == list(FAMILIES)
+    assert all(case["GroupFormer"]["ratio"] > 0 for row in rows for case in row["cases"].values())
