@@ -209,7 +209,10 @@ def sdpa_attention_forward(
         output = attend_in_graph(query, key, value, attention_mask, kwargs["scaling"])
         return output.transpose(1, 2).contiguous(), None
     in_other_graph = in_graph and not (query.is_cpu and length == 1 and attention_mask is not None)
-    if many_of_own or not follows_cached or "cache" in kwargs or in_other_graph:
+    trained_eagerly = trains_faster_eagerly(query, key, kwargs.get("dropout"))
+    if trained_eagerly:
+        attention_mask = additive_mask(module, attention_mask, length, kwargs.get("is_causal"))
+    elif many_of_own or not follows_cached or "cache" in kwargs or in_other_graph:
         key = key.contiguous() if by_feature else key  # torch's kernels read them by token
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and group > 1:
@@ -218,7 +221,10 @@ def sdpa_attention_forward(
             attention_mask = attention_mask.unsqueeze(2).expand(rows, 1, group, length, seen)
         attention_mask = attention_mask.reshape(rows, -1, group * length, seen)
     query = query.reshape(batch, kv_heads, group * length, head_dim)
-    output = attend(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
+    if trained_eagerly:
+        output = attend_eagerly(query, key, value, attention_mask, kwargs["scaling"])
+    else:
+        output = attend(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -248,6 +254,39 @@ def attend_eagerly(
     if attention_mask is not None:
         scores = scores + attention_mask
     return torch.matmul(torch.softmax(scores, dim=-1).to(query.dtype), value)
+
+
+FEW_TRAINED_KEYS = 128  # at 256 both ways take as long
+
+
+def trains_faster_eagerly(query: torch.Tensor, key: torch.Tensor, dropout: float | None) -> bool:
+    """Whether to train attention of queries (B, H, T, D) and as many keys by plain products.
+
+    In bfloat16 the backward pass of torch's CPU kernel takes 2 to 4 times as long for short rows.
+    """
+    return (
+        query.requires_grad
+        and query.dtype is torch.bfloat16
+        and query.is_cpu
+        and query.shape[2] == key.shape[2] <= FEW_TRAINED_KEYS
+        and not dropout
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def additive_mask(
+    module: nn.Module, attention_mask: torch.Tensor | None, length: int, is_causal: bool | None
+) -> torch.Tensor | None:
+    """A mask to be added to scores (B, H, T, T), from one for sdpa, which may be boolean, or none for causal rows."""
+    lowest = torch.finfo(torch.float32).min
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return torch.full((1, 1, length, length), lowest).triu(1) if is_causal else None
+    if attention_mask.dtype is torch.bool:
+        return torch.zeros(attention_mask.shape).masked_fill(~attention_mask, lowest)
+    return attention_mask
 
 
 FEW_QUERIES = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads

@@ -315,3 +315,39 @@ def test_decoding_repeats_no_heads(monkeypatch):
         mask = torch.ones(2, cache.get_seq_length() + length, dtype=torch.long)
         mask[1, :2] = 0
         model(random_ids(2, length), past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("kind", ["none", "not causal", "causal", "left-padded", "biases by head"])
+def test_short_rows_are_trained_by_plain_products(kv_heads, kind, monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "transformers_sdpa", None)  # calling it would fail
+    shapes = [(2, 6, 9, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
+    states = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in states]
+    mask = None if kind == "not causal" else masks(kind, 9, 9)
+    options = {"is_causal": False} if kind == "not causal" else {}
+    output, _ = sdpa_attention_forward(Heads(6 // kv_heads), *states, mask, scaling=0.3, **options)
+
+    visible = masks("causal", 9, 9) if kind == "none" else mask
+    biases = torch.zeros(1, 1, 9, 9) if visible is None else visible
+    biases = torch.zeros(biases.shape).masked_fill(~biases, -1e9) if biases.dtype == torch.bool else biases
+    query, key, value = exact[0], *(tensor.repeat_interleave(6 // kv_heads, 1) for tensor in exact[1:])
+    expected = torch.softmax(query @ key.transpose(2, 3) * 0.3 + biases.double(), -1) @ value
+    real = torch.ones(2, 9, 6, 8, dtype=torch.bool)
+    real[1, :3] = kind != "left-padded"  # a row of padding sees nothing, whatever that gives
+    weights = torch.randn(2, 9, 6, 8) * real
+    (output * weights).sum().backward()
+    (expected.transpose(1, 2) * weights).sum().backward()
+    for ours, theirs in [(output[real], expected.transpose(1, 2)[real])] + [
+        (a.grad, b.grad) for a, b in zip(states, exact)
+    ]:
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_long_rows_and_dropout_are_trained_by_torchs_kernel(monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "attend_eagerly", None)  # calling it would fail
+    for length, dtype, dropout in ((129, torch.bfloat16, 0.0), (9, torch.float32, 0.0), (9, torch.bfloat16, 0.1)):
+        states = [torch.randn(1, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+        sdpa_attention_forward(Heads(1), *states, None, scaling=0.3, dropout=dropout)[0].sum().backward()
+        assert states[0].grad is not None
