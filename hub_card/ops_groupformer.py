@@ -71,9 +71,14 @@ def project(linear: nn.Module, hidden_states: torch.Tensor, any_layout: bool = F
         if hidden_states.dtype is torch.float32 and is_plain_inference(linear, hidden_states):
             return project_by_onednn(linear, hidden_states)
     elif hidden_states.dtype in FEW_ROWS:
-        inputs, (least_inputs, most_rows) = hidden_states.shape[-1], FEW_ROWS[hidden_states.dtype]
-        few = inputs >= least_inputs and 0 < hidden_states.numel() <= most_rows * inputs
-        if few and is_plain_inference(linear, hidden_states):
+        inputs = hidden_states.shape[-1]
+        least_inputs, least_rows, most_rows, least_weight = FEW_ROWS[hidden_states.dtype]
+        if (
+            inputs >= least_inputs
+            and least_rows * inputs <= hidden_states.numel() <= most_rows * inputs
+            and inputs * getattr(linear, "out_features", 0) >= least_weight
+            and is_plain_inference(linear, hidden_states)
+        ):
             return project_few_rows(linear, hidden_states, any_layout)
     return linear(hidden_states)
 
@@ -94,12 +99,9 @@ def is_plain_inference(linear: nn.Module, hidden_states: torch.Tensor) -> TypeGu
     )
 
 
-# By dtype the fewest inputs and the most rows for which `project_few_rows` was measured to be faster. Where the CPU
-# has no instructions for bfloat16, only its matrix-vector product is.
-FEW_ROWS = {torch.float32: (1024, 48), torch.bfloat16: (512, 256 if HAS_BFLOAT16 else 1)}
-
-
-LARGE_WEIGHT = 2**20  # in float32, a smaller one is read as fast in the usual form
+# By dtype the fewest inputs, the fewest and most rows, and the smallest weight for which `project_few_rows` was
+# measured to be faster. Where the CPU has no instructions for bfloat16, only its matrix-vector product is.
+FEW_ROWS = {torch.float32: (1024, 8, 48, 2**20), torch.bfloat16: (512, 1, 256 if HAS_BFLOAT16 else 1, 2**18)}
 
 
 def project_few_rows(linear: nn.Linear, hidden_states: torch.Tensor, any_layout: bool) -> torch.Tensor:
@@ -112,14 +114,10 @@ def project_few_rows(linear: nn.Linear, hidden_states: torch.Tensor, any_layout:
     weight, bias = linear.weight, linear.bias
     outputs, inputs = weight.shape
     rows, size = hidden_states.numel() // inputs, hidden_states.shape[:-1]
-    if weight.dtype is torch.bfloat16:
-        if rows == 1 and bias is None:
-            return torch.mv(weight, hidden_states.reshape(inputs)).view(*size, outputs)
-        lies_by_feature = hidden_states.stride(-1) > 1
-        suits = rows > 1 and (any_layout or lies_by_feature or rows <= (64 if inputs >= 1024 else 16))
-    else:
-        suits = rows >= 8 and weight.numel() >= LARGE_WEIGHT
-    if not suits:
+    if rows == 1 and bias is None and weight.dtype is torch.bfloat16:
+        return torch.mv(weight, hidden_states.reshape(inputs)).view(*size, outputs)
+    costs_a_copy = not any_layout and hidden_states.stride(-1) == 1 and weight.dtype is torch.bfloat16
+    if rows == 1 or (costs_a_copy and rows > (64 if inputs >= 1024 else 16)):
         return linear(hidden_states)
     columns = hidden_states.reshape(rows, inputs).t()
     output = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)

@@ -97,8 +97,7 @@ def test_products_of_few_rows_change_no_logits(variant, monkeypatch):
     with torch.backends.mkldnn.flags(enabled=False):
         plain, _ = cached_and_whole(model, ids)
     monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
-    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 48)})
-    monkeypatch.setattr(ops_groupformer, "LARGE_WEIGHT", 1)
+    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 2, 48, 1)})
     for logits in cached_and_whole(model, ids):
         torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
 

@@ -218,8 +218,7 @@ def test_products_of_bfloat16_are_rounded_once(monkeypatch, shape, bias):
 def few_rows(monkeypatch):
     """Products of few rows in their own form, however small they are."""
     monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
-    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 48), torch.bfloat16: (1, 256)})
-    monkeypatch.setattr(ops_groupformer, "LARGE_WEIGHT", 1)
+    monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 2, 48, 1), torch.bfloat16: (1, 1, 256, 1)})
 
 
 @torch.no_grad()
