@@ -179,17 +179,17 @@ class GrowingLayer(DynamicLayer):
         if self.must_copy(key_states, value_states):
             self.room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:  # as `lazy_initialization`, less the empty keys and values
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         room = self.owned_room()
         if room is not None and room.takes(key_states.shape[2]):
             if key_states.shape[2] == 1 and read_faster_by_feature(room.keys):
                 room.lay_keys_by_feature()
             room.append(key_states, value_states)
         else:
-            count = self.get_seq_length() if self.keys is not None else 0
+            count = self.get_seq_length()
             keys, values = (self.keys, self.values) if count else (None, None)
             room = Room(roomy(keys, key_states), roomy(values, value_states), count + key_states.shape[2])
+            # As `lazy_initialization`, less the empty keys and values.
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.enter(room)
         return room.keys, room.values
 

@@ -76,6 +76,8 @@ class HeadCrossEntropy(torch.autograd.Function):
                 continue
             if grad_weight is None:
                 grad_weight = grad.t() @ hidden
+                if not weight.is_cpu:  # a GPU rounds what gradients are multiplied by to their dtype
+                    grad_weight = grad_weight.float()
             elif hidden.dtype in (torch.float32, torch.float64):
                 grad_weight.addmm_(grad.t(), hidden)
             else:
@@ -124,7 +126,7 @@ def head_cross_entropy(
         count = count.to(hidden_states.device)
     if shift_labels.numel() * weight.shape[0] <= FEW_LOGITS:
         logits = nn.functional.linear(hidden_states.to(weight.dtype), weight, bias).float() / logits_scaling
-        targets = shift_labels.flatten()
+        targets = shift_labels.flatten().long()
         total = nn.functional.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum")
         return total / count
     device_type = hidden_states.device.type

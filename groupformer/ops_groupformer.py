@@ -40,7 +40,7 @@ def mkl_is_slow() -> bool:
 
 
 PREFERS_ONEDNN = mkl_is_slow()
-HAS_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -70,7 +70,7 @@ def project(linear: nn.Module, hidden_states: torch.Tensor, any_layout: bool = F
     if PREFERS_ONEDNN:
         if hidden_states.dtype is torch.float32 and is_plain_inference(linear, hidden_states):
             return project_by_onednn(linear, hidden_states)
-    elif hidden_states.dtype in FEW_ROWS:
+    elif hidden_states.dtype in FEW_ROWS and hidden_states.is_cpu and not torch.compiler.is_compiling():
         inputs = hidden_states.shape[-1]
         least_inputs, least_rows, most_rows, least_weight = FEW_ROWS[hidden_states.dtype]
         if (
@@ -207,9 +207,9 @@ def sdpa_attention_forward(
         output = attend_in_graph(query, key, value, attention_mask, kwargs["scaling"])
         return output.transpose(1, 2).contiguous(), None
     in_other_graph = in_graph and not (query.is_cpu and length == 1 and attention_mask is not None)
-    trained_eagerly = trains_faster_eagerly(query, key, kwargs.get("dropout"))
+    trained_eagerly = trains_faster_eagerly(query, key, attention_mask, kwargs.get("dropout"))
     if trained_eagerly:
-        attention_mask = additive_mask(module, attention_mask, length, kwargs.get("is_causal"))
+        attention_mask = additive_mask(module, query, attention_mask, kwargs.get("is_causal"))
     elif many_of_own or not follows_cached or "cache" in kwargs or in_other_graph:
         key = key.contiguous() if by_feature else key  # torch's kernels read them by token
         return transformers_sdpa(module, query, key, value, attention_mask, **kwargs)
@@ -257,10 +257,13 @@ def attend_eagerly(
 FEW_TRAINED_KEYS = 128  # at 256 both ways take as long
 
 
-def trains_faster_eagerly(query: torch.Tensor, key: torch.Tensor, dropout: float | None) -> bool:
+def trains_faster_eagerly(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float | None
+) -> bool:
     """Whether to train attention of queries (B, H, T, D) and as many keys by plain products.
 
-    In bfloat16 the backward pass of torch's CPU kernel takes 2 to 4 times as long for short rows.
+    In bfloat16 the backward pass of torch's CPU kernel takes 2 to 4 times as long for short rows. What it makes of
+    rows that see nothing (padding) is its own, so such masks are left to it.
     """
     return (
         query.requires_grad
@@ -271,19 +274,28 @@ def trains_faster_eagerly(query: torch.Tensor, key: torch.Tensor, dropout: float
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and (attention_mask is None or every_row_sees(attention_mask))
     )
 
 
+def every_row_sees(attention_mask: torch.Tensor) -> bool:
+    """Whether each query of a boolean or additive mask (B, 1 or H, T, S) sees a key."""
+    if attention_mask.dtype is not torch.bool:
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return bool(attention_mask.any(-1).all())
+
+
 def additive_mask(
-    module: nn.Module, attention_mask: torch.Tensor | None, length: int, is_causal: bool | None
+    module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool | None
 ) -> torch.Tensor | None:
     """A mask to be added to scores (B, H, T, T), from one for sdpa, which may be boolean, or none for causal rows."""
-    lowest = torch.finfo(torch.float32).min
+    lowest, zero = torch.finfo(torch.float32).min, query.new_zeros((), dtype=torch.float32)
     if attention_mask is None:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        return torch.full((1, 1, length, length), lowest).triu(1) if is_causal else None
+        length = query.shape[2]
+        return zero.new_full((1, 1, length, length), lowest).triu(1) if is_causal else None
     if attention_mask.dtype is torch.bool:
-        return torch.zeros(attention_mask.shape).masked_fill(~attention_mask, lowest)
+        return zero.expand_as(attention_mask).masked_fill(~attention_mask, lowest)
     return attention_mask
 
 

@@ -29,6 +29,7 @@ def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_val
         and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
         and not model.training
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(hidden_states.device.type)  # knows no products with vectors
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not nn.modules.module._has_any_global_hook()

@@ -111,6 +111,18 @@ def test_a_left_padded_row_is_not_disturbed(variant, lean_layers):
     assert len(lean_layers) == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["GQA", "parallel", "norms after", "qk-norm"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_autocast_takes_the_usual_way(variant, backend, lean_layers):
+    model, ids = model_of(**USUAL[variant]), random_ids(1, 9)
+    model.set_attn_implementation(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cached, whole = cached_and_whole(model, ids)
+    torch.testing.assert_close(cached, whole, rtol=0.05, atol=0.05)
+    assert not lean_layers
+
+
 class ShoutingLayer(modeling_groupformer.GroupFormerDecoderLayer):
     def forward(self, hidden_states, **kwargs):
         return super().forward(hidden_states, **kwargs) * 2

@@ -110,6 +110,12 @@ def test_bfloat16_and_autocast_give_the_plain_loss_nearly(either_loss):
             assert distance < 0.03, name
 
 
+def test_labels_may_be_of_any_integer_type(either_loss):
+    model = training_model()
+    ids, labels = labelled()
+    torch.testing.assert_close(model(ids, labels=labels.int()).loss, model(ids, labels=labels).loss)
+
+
 def test_few_logits_leave_the_loss_to_torch(monkeypatch):
     model = training_model()
     ids, labels = labelled()
@@ -317,13 +323,15 @@ def test_decoding_repeats_no_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
-@pytest.mark.parametrize("kind", ["none", "not causal", "causal", "left-padded", "biases by head"])
+@pytest.mark.parametrize("kind", ["none", "not causal", "causal", "window", "biases by head"])
 def test_short_rows_are_trained_by_plain_products(kv_heads, kind, monkeypatch):
     monkeypatch.setattr(ops_groupformer, "transformers_sdpa", None)  # calling it would fail
     shapes = [(2, 6, 9, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
     states = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     exact = [tensor.detach().double().requires_grad_() for tensor in states]
-    mask = None if kind == "not causal" else masks(kind, 9, 9)
+    mask = masks(kind, 9, 9) if kind in ("causal", "biases by head") else None
+    if kind == "window":
+        mask = torch.ones(9, 9, dtype=torch.bool).tril().triu(-2)[None, None]
     options = {"is_causal": False} if kind == "not causal" else {}
     output, _ = sdpa_attention_forward(Heads(6 // kv_heads), *states, mask, scaling=0.3, **options)
 
@@ -332,21 +340,47 @@ def test_short_rows_are_trained_by_plain_products(kv_heads, kind, monkeypatch):
     biases = torch.zeros(biases.shape).masked_fill(~biases, -1e9) if biases.dtype == torch.bool else biases
     query, key, value = exact[0], *(tensor.repeat_interleave(6 // kv_heads, 1) for tensor in exact[1:])
     expected = torch.softmax(query @ key.transpose(2, 3) * 0.3 + biases.double(), -1) @ value
-    real = torch.ones(2, 9, 6, 8, dtype=torch.bool)
-    real[1, :3] = kind != "left-padded"  # a row of padding sees nothing, whatever that gives
-    weights = torch.randn(2, 9, 6, 8) * real
+    weights = torch.randn(2, 9, 6, 8)
     (output * weights).sum().backward()
     (expected.transpose(1, 2) * weights).sum().backward()
-    for ours, theirs in [(output[real], expected.transpose(1, 2)[real])] + [
-        (a.grad, b.grad) for a, b in zip(states, exact)
-    ]:
+    for ours, theirs in [(output, expected.transpose(1, 2)), *((a.grad, b.grad) for a, b in zip(states, exact))]:
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_long_rows_and_dropout_are_trained_by_torchs_kernel(monkeypatch):
+@pytest.mark.parametrize("case", ["long", "float32", "dropout", "hidden row", "hidden row, additive"])
+def test_other_rows_are_trained_by_torchs_kernel(case, monkeypatch):
     monkeypatch.setattr(ops_groupformer, "attend_eagerly", None)  # calling it would fail
-    for length, dtype, dropout in ((129, torch.bfloat16, 0.0), (9, torch.float32, 0.0), (9, torch.bfloat16, 0.1)):
-        states = [torch.randn(1, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-        sdpa_attention_forward(Heads(1), *states, None, scaling=0.3, dropout=dropout)[0].sum().backward()
-        assert states[0].grad is not None
+    length, dtype = 129 if case == "long" else 9, torch.float32 if case == "float32" else torch.bfloat16
+    states = [torch.randn(2, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    mask = masks("left-padded", 9, 9) if "hidden" in case else None
+    if case == "hidden row, additive":
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    options = {"dropout": 0.1 if case == "dropout" else 0.0, "scaling": 0.3}
+    output = sdpa_attention_forward(Heads(1), *states, mask, **options)[0]
+    output.sum().backward()
+    assert output.isfinite().all() and states[0].grad is not None
+
+
+def test_bfloat16_as_the_default_dtype_trains(monkeypatch):
+    model = training_model().to(torch.bfloat16)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert model(random_ids(2, 7), labels=random_ids(2, 7)).loss.isfinite()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def test_products_of_few_rows_guard_no_sizes_in_graphs(few_rows):
+    linear, graphs = nn.Linear(64, 48), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda hidden: project(linear, hidden), backend=backend, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for rows in (5, 20, 60):
+            compiled(torch.randn(rows, 64))
+    assert len(graphs) == 1
