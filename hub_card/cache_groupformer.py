@@ -136,16 +136,13 @@ class Room:
 def roomy(held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     """Memory that begins with what is held (B, G, S - T, D) and new (B, G, T, D), and is a quarter larger than both.
 
-    It is laid out as what is held.
+    It is laid out as what is held, or, where that is nothing, as what is new.
     """
-    if held is None:
-        length = new.shape[2]
-        memory = new_memory(new, length + length // 4, is_by_feature(new))
-        memory.narrow(2, 0, length).copy_(new)
-        return memory
-    place, length = held.shape[2], held.shape[2] + new.shape[2]
-    memory = new_memory(new, length + length // 4, is_by_feature(held))
-    memory.narrow(2, 0, place).copy_(held)
+    place = 0 if held is None else held.shape[2]
+    length = place + new.shape[2]
+    memory = new_memory(new, length + length // 4, is_by_feature(new if held is None else held))
+    if held is not None:
+        memory.narrow(2, 0, place).copy_(held)
     memory.narrow(2, place, new.shape[2]).copy_(new)
     return memory
 

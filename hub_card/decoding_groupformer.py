@@ -23,7 +23,7 @@ from .ops_groupformer import PREFERS_ONEDNN, ROW_DTYPES, attend, attend_eagerly,
 
 
 def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> Callable | None:
-    """What attends in `decode_layer`, if a model may compute these hidden states (B, T, hidden_size) by it."""
+    """What attends in the layers' `decode`, if a model may compute these hidden states (B, T, hidden_size) by it."""
     if (
         hidden_states.shape[1] == 1
         and isinstance(past_key_values, Cache)  # nor the pages of continuous batching

@@ -184,10 +184,6 @@ def test_a_row_of_padding_gives_finite_numbers(backend, position, is_causal):
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 
-def fresh_cache(config):
-    return new_cache(config)
-
-
 def cache_of_three(config):
     cache = new_cache(config)
     for layer_idx in range(config.num_hidden_layers):
@@ -198,7 +194,7 @@ def cache_of_three(config):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("past", [None, fresh_cache, cache_of_three])
+@pytest.mark.parametrize("past", [None, new_cache, cache_of_three])
 @pytest.mark.parametrize("padding", [None, 0, 2])
 @pytest.mark.parametrize("packed", [None, False, True])
 def test_masks_are_those_of_transformers(backend, window, length, past, padding, packed, monkeypatch):

@@ -362,7 +362,7 @@ def test_other_rows_are_trained_by_torchs_kernel(case, monkeypatch):
     assert output.isfinite().all() and states[0].grad is not None
 
 
-def test_bfloat16_as_the_default_dtype_trains(monkeypatch):
+def test_bfloat16_as_the_default_dtype_trains():
     model = training_model().to(torch.bfloat16)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
