@@ -6,7 +6,7 @@ Here keys and values begin a larger memory, their room, and new ones are written
 replaced by one a quarter larger than what is needed: that copies about four tokens for every new one, however many
 there are, and the memory held stays within 1.25 of what the tokens need.
 
-Keys are laid out by token, as everywhere, until a single sequence on a CPU is long and is decoded token by token: then
+Both are laid out by token, as everywhere, until a single sequence on a CPU is long and is decoded token by token: then
 by feature, which products with them read faster. What is seen of them has the same shape, with other strides.
 
 The cache itself stays a `DynamicCache`: beam search, assisted decoding, offloading and whatever else knows its layers
@@ -58,19 +58,19 @@ def update_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
 
 
-LARGE_LAYER = 2**19  # keys in numbers: 2 MiB, more than stays in a core's cache; fewer are read as fast by token
+LARGE_LAYER = 2**18  # keys in numbers: with the values 2 MiB, a core's cache; fewer are read as fast by token
 
 
-def is_by_feature(keys: torch.Tensor) -> bool:
-    """Whether keys (B, G, S, D) lie in memory as (B, G, D, S)."""
-    return keys.stride(2) == 1 and keys.stride(3) > 1
+def is_by_feature(states: torch.Tensor) -> bool:
+    """Whether keys or values (B, G, S, D) lie in memory as (B, G, D, S)."""
+    return states.stride(2) == 1 and states.stride(3) > 1
 
 
 def read_faster_by_feature(keys: torch.Tensor) -> bool:
-    """Whether single tokens read these keys (B, G, S, D), laid out by token, faster by feature.
+    """Whether single tokens read these keys (B, G, S, D), laid out by token, and their values faster by feature.
 
-    A dot product of one head's features is too short for the full bandwidth; a sum of rows as long as the cache is
-    not. In float32, which MKL multiplies batches of on a CPU.
+    Dot products and sums of one head's features are too short for the full bandwidth; those of rows as long as the
+    cache are not. In float32, which MKL multiplies batches of on a CPU.
     """
     return (
         keys.numel() >= LARGE_LAYER
@@ -120,13 +120,18 @@ class Room:
         self.value_memory.narrow(2, place, count).copy_(value_states)
         self.show(self.start, self.length + count)
 
-    def lay_keys_by_feature(self) -> None:
-        """Moves the keys into memory of the same size that is laid out by feature."""
-        memory = new_memory(self.key_memory, self.key_memory.shape[2], by_feature=True)
-        # Transposed, what is written is contiguous: twice as fast.
-        memory.narrow(2, self.start, self.length).transpose(2, 3).copy_(self.keys.transpose(2, 3))
-        self.key_memory = memory
+    def lay_by_feature(self) -> None:
+        """Moves keys and values into memory of the same size that is laid out by feature."""
+        self.key_memory, self.value_memory = map(self.by_feature, (self.key_memory, self.value_memory))
         self.show(self.start, self.length)
+
+    def by_feature(self, held: torch.Tensor) -> torch.Tensor:
+        """Memory by feature that holds what is in use of memory by token."""
+        memory = new_memory(held, held.shape[2], by_feature=True)
+        # Transposed, what is written is contiguous: twice as fast.
+        old, new = (it.narrow(2, self.start, self.length).transpose(2, 3) for it in (held, memory))
+        new.copy_(old)
+        return memory
 
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Room":
         """The room after a change of its memory that leaves the dimension of tokens as it is."""
@@ -179,7 +184,7 @@ class GrowingLayer(DynamicLayer):
         room = self.owned_room()
         if room is not None and room.takes(key_states.shape[2]):
             if key_states.shape[2] == 1 and read_faster_by_feature(room.keys):
-                room.lay_keys_by_feature()
+                room.lay_by_feature()
             room.append(key_states, value_states)
         else:
             count = self.get_seq_length()

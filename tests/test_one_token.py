@@ -9,7 +9,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from groupformer import GroupFormerForCausalLM, cache_groupformer, modeling_groupformer, ops_groupformer
 from groupformer.cache_groupformer import is_by_feature
-from groupformer.ops_groupformer import attend, attend_by_feature, attend_in_parts, parts_of_keys, rms_norm
+from groupformer.ops_groupformer import (
+    attend,
+    attend_by_feature,
+    attend_in_parts,
+    parts_of_keys,
+    reads_halves_faster,
+    rms_norm,
+)
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -370,11 +377,13 @@ def counting(parts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kv_heads, group, mask", [(3, 1, None), (1, 5, None), (2, 3, "hidden"), (2, 3, "biases")])
-def test_keys_by_feature_are_attended_to_as_by_token(kv_heads, group, mask):
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("kv_heads, group, mask", [(3, 1, None), (1, 5, None), (3, 2, "hidden"), (2, 3, "biases")])
+def test_a_cache_by_feature_is_attended_to_as_by_token(kv_heads, group, mask, halves, monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "reads_halves_faster", lambda keys: halves)
     query, key, value = long_cache(kv_heads, 50, group=group)
-    by_feature = key.transpose(2, 3).contiguous().transpose(2, 3)
-    assert is_by_feature(by_feature) and not is_by_feature(key)
+    keys, values = (states.transpose(2, 3).contiguous().transpose(2, 3) for states in (key, value))
+    assert is_by_feature(keys) and not is_by_feature(key)
     bias = torch.zeros(1, 1, 1, 50, dtype=torch.float64)
     if mask == "biases":
         bias = torch.randn(1, kv_heads, group, 50, dtype=torch.float64)
@@ -382,15 +391,25 @@ def test_keys_by_feature_are_attended_to_as_by_token(kv_heads, group, mask):
         bias[..., :20] = -torch.inf
     weights = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.3 + bias, dim=-1)
     given = {None: None, "biases": bias.float(), "hidden": bias == 0}[mask]
-    output = attend_by_feature(query, by_feature, value, given, 0.3)
+    output = attend_by_feature(query, keys, values, given, 0.3)
     torch.testing.assert_close(output.double(), weights @ value.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "heads, threads, seen, halved",
+    [(3, 2, 4096, True), (5, 2, 4096, True), (6, 4, 4096, True), (1, 2, 4096, False), (4, 2, 4096, False)]
+    + [(9, 2, 4096, False), (3, 1, 4096, False), (3, 2, 1000, False)],
+)
+def test_heads_are_halved_where_a_thread_would_wait(heads, threads, seen, halved, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert reads_halves_faster(torch.empty(heads, 2, seen)) == halved
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", ["lean", "usual", "eager"])
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "by layer", "alibi", "learned"])
-def test_keys_by_feature_give_the_logits_of_a_pass_without_a_cache(variant, padding, path, monkeypatch):
+def test_a_cache_by_feature_gives_the_logits_of_a_pass_without_one(variant, padding, path, monkeypatch):
     monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
     monkeypatch.setattr(ops_groupformer, "FEW_QUERIES", 10)
     model, counts = model_of(**USUAL[variant]), (9, 1, 1, 2, 1, 13, 1, 1)
@@ -408,5 +427,5 @@ def test_keys_by_feature_give_the_logits_of_a_pass_without_a_cache(variant, padd
         outputs = model(token_ids[:, seen:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
         cache, seen = outputs.past_key_values, end
         found.append(outputs.logits)
-    assert all(is_by_feature(layer.keys) for layer in cache.layers)
+    assert all(is_by_feature(states) for layer in cache.layers for states in (layer.keys, layer.values))
     torch.testing.assert_close(torch.cat(found, 1)[:, padding:], expected[:, padding:], rtol=1e-5, atol=1e-5)
