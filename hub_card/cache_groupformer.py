@@ -58,7 +58,8 @@ def update_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
 
 
-LARGE_LAYER = 2**18  # keys in numbers: with the values 2 MiB, a core's cache; fewer are read as fast by token
+# Keys that are read faster by feature: so many numbers (with the values 2 MiB, a core's cache), tokens and features.
+LARGE_LAYER, LONG, NARROW_HEAD = 2**18, 512, 64
 
 
 def is_by_feature(states: torch.Tensor) -> bool:
@@ -70,11 +71,14 @@ def read_faster_by_feature(keys: torch.Tensor) -> bool:
     """Whether single tokens read these keys (B, G, S, D), laid out by token, and their values faster by feature.
 
     Dot products and sums of one head's features are too short for the full bandwidth; those of rows as long as the
-    cache are not. In float32, which MKL multiplies batches of on a CPU.
+    cache are not. In float32, which MKL multiplies batches of on a CPU. Wider heads and several sequences are read as
+    fast by torch's own kernel.
     """
     return (
         keys.numel() >= LARGE_LAYER
         and keys.shape[0] == 1
+        and keys.shape[2] >= LONG
+        and keys.shape[3] <= NARROW_HEAD
         and keys.stride(3) == 1
         and keys.is_cpu
         and keys.dtype is torch.float32

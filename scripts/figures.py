@@ -119,12 +119,12 @@ def points(study: dict[str, Any], **labels: Any) -> dict[int, float]:
 
 
 def merge_labels(method: str, kv_heads: int) -> dict[str, Any]:
-    """The labels of a method at its best: calibrated and in similar groups, unless it is the paper's mean.
+    """The labels of a method at its best: calibrated and in similar groups, unless it is one of the paper's.
 
     With one KV head there is one group: "similar" is "adjacent" there, and the merge is not measured again.
     """
-    if method == "mean":
-        return {"method": "mean", "grouping": "adjacent"}
+    if method in ("mean", "first", "random"):
+        return {"method": method, "grouping": "adjacent"}
     return {"method": method, "grouping": "adjacent" if kv_heads == 1 else "similar", "calibrated": True}
 
 
@@ -250,14 +250,17 @@ def uptrain_table(study: dict[str, Any]) -> str:
     (start,) = points(study, part="original").values()
     heads = list(scores(study, part="merge"))
     rows = []
-    for method, name in (("svd", "`svd`, similar, calibrated"), ("mean", "`mean`, adjacent")):
+    for method, how in (("svd", "similar, calibrated"), *((it, "adjacent") for it in ("mean", "first", "random"))):
+        if not scores(study, part="uptrain", method=method):
+            continue
+        name = f"`{method}`, {how}"
         merged = {count: scores(study, part="merge", **merge_labels(method, count))[count] for count in heads}
         rows.append([name, "none", *cells_of(merged, heads, start)])
         for loss in ("distilled", "text-only"):
             for percent in sorted({cell["percent"] for cell in study["cells"] if "percent" in cell}):
                 if values := scores(study, part="uptrain", method=method, percent=percent, loss=loss):
-                    how = "distilled from the original" if loss == "distilled" else "trained on the text alone"
-                    rows.append([f"{name}; {how}", f"{percent:g} %", *cells_of(values, heads, start)])
+                    by = "distilled from the original" if loss == "distilled" else "trained on the text alone"
+                    rows.append([f"{name}; {by}", f"{percent:g} %", *cells_of(values, heads, start)])
     scratch = scores(study, part="scratch")
     rows.append(["the same shape from scratch", "100 %", *cells_of(scratch, heads, start)])
     return markdown(["what", "tokens, of pre-training's", *count_names(heads)], rows)

@@ -79,28 +79,40 @@ def test_a_layer_returns_and_keeps_what_transformers_layer_does(kind, change, co
     check_against_transformers(kind, change, counts, batch_size=2)
 
 
+@pytest.fixture
+def small_and_by_feature(monkeypatch):
+    """Layers that are laid out by feature with their second token."""
+    monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
+    monkeypatch.setattr(cache_groupformer, "LONG", 1)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_so_does_a_layer_laid_out_by_feature(kind, change, counts, monkeypatch):
-    monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
+def test_so_does_a_layer_laid_out_by_feature(kind, change, counts, small_and_by_feature):
     layer = check_against_transformers(kind, change, counts, batch_size=1)
     if change == "nothing":
         assert is_by_feature(layer.keys) == is_by_feature(layer.values) == (kind == "full")
 
 
-def test_a_long_sequence_moves_by_feature_and_no_other():
-    for batch, length, dtype, moves in [
-        (1, 25_000, torch.float32, True),
-        (1, 20_000, torch.float32, False),
-        (2, 25_000, torch.float32, False),
-        (1, 25_000, torch.bfloat16, False),
-    ]:
-        layer = GrowingLayer()
-        layer.update(*(states.to(dtype) for states in tokens(length, 0, batch)))
-        assert not is_by_feature(layer.keys)
-        layer.update(*(states.to(dtype) for states in tokens(1, 1, batch)))
-        assert is_by_feature(layer.keys) == is_by_feature(layer.values) == moves
+@pytest.mark.parametrize(
+    "shape, dtype, moves",
+    [
+        ((1, 3, 2000, 64), torch.float32, True),
+        ((8, 3, 2000, 64), torch.float32, False),
+        ((1, 3, 1000, 64), torch.float32, False),
+        ((1, 32, 256, 64), torch.float32, False),
+        ((1, 3, 2000, 128), torch.float32, False),
+        ((1, 3, 2000, 64), torch.bfloat16, False),
+    ],
+    ids=["one sequence", "several", "few keys", "short", "wide heads", "bfloat16"],
+)
+def test_a_long_sequence_moves_by_feature_and_no_other(shape, dtype, moves):
+    layer, states = GrowingLayer(), torch.randn(shape, dtype=dtype)
+    layer.update(states, states)
+    assert not is_by_feature(layer.keys)
+    layer.update(states[:, :, :1], states[:, :, :1])
+    assert is_by_feature(layer.keys) == is_by_feature(layer.values) == moves
 
 
 @pytest.mark.parametrize("count", [0, -1, -3])
@@ -136,8 +148,7 @@ def test_memory_stays_within_a_quarter_more_than_the_tokens_need(length):
     assert layer.keys.untyped_storage().nbytes() <= 1.25 * layer.keys.nbytes
 
 
-def test_so_does_memory_by_feature(monkeypatch):
-    monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
+def test_so_does_memory_by_feature(small_and_by_feature):
     layer = GrowingLayer()
     for step in range(1000):
         layer.update(*tokens(1, step, batch=1))

@@ -98,13 +98,16 @@ def test_a_row_has_the_logits_of_float64(variant, dtype, tolerance, lean_layers)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("band", [4, 2**20])
 @pytest.mark.parametrize("variant", USUAL)
-def test_products_of_few_rows_change_no_logits(variant, monkeypatch):
+def test_products_of_few_rows_change_no_logits(variant, band, monkeypatch):
     model, ids = model_of(**USUAL[variant]), random_ids(9, 5)
     with torch.backends.mkldnn.flags(enabled=False):
         plain, _ = cached_and_whole(model, ids)
     monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
     monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 2, 48, 1)})
+    monkeypatch.setattr(ops_groupformer, "WIDE", (1, 2, 1))
+    monkeypatch.setattr(ops_groupformer, "BAND", band)
     for logits in cached_and_whole(model, ids):
         torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
 
@@ -411,6 +414,7 @@ def test_heads_are_halved_where_a_thread_would_wait(heads, threads, seen, halved
 @pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "by layer", "alibi", "learned"])
 def test_a_cache_by_feature_gives_the_logits_of_a_pass_without_one(variant, padding, path, monkeypatch):
     monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
+    monkeypatch.setattr(cache_groupformer, "LONG", 1)
     monkeypatch.setattr(ops_groupformer, "FEW_QUERIES", 10)
     model, counts = model_of(**USUAL[variant]), (9, 1, 1, 2, 1, 13, 1, 1)
     if path == "eager":

@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from groupformer import GroupFormerForCausalLM, loss_groupformer, ops_groupformer
 from groupformer.loss_groupformer import HeadCrossEntropy
-from groupformer.ops_groupformer import project, sdpa_attention_forward
+from groupformer.ops_groupformer import product_in_bands, project, sdpa_attention_forward
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -225,21 +225,23 @@ def few_rows(monkeypatch):
     """Products of few rows in their own form, however small they are."""
     monkeypatch.setattr(ops_groupformer, "PREFERS_ONEDNN", False)
     monkeypatch.setattr(ops_groupformer, "FEW_ROWS", {torch.float32: (1, 2, 48, 1), torch.bfloat16: (1, 1, 256, 1)})
+    monkeypatch.setattr(ops_groupformer, "WIDE", (1, 2, 1))
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("outputs", [48, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (16,), (3, 3), (1, 40), (0, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("by_feature", [True, False])
 @pytest.mark.parametrize("any_layout", [True, False])
-def test_few_rows_give_the_product(few_rows, dtype, shape, bias, by_feature, any_layout):
-    linear, hidden = nn.Linear(64, 48, bias=bias, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
+def test_few_rows_give_the_product(few_rows, dtype, shape, outputs, bias, by_feature, any_layout):
+    linear, hidden = nn.Linear(64, outputs, bias=bias, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
     if by_feature:
         hidden = hidden.flatten(0, -2).t().contiguous().t().view(*shape, 64)
     exact = hidden.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
     output = project(linear, hidden, any_layout)
-    assert output.shape == (*shape, 48) and output.dtype == dtype and (any_layout or output.is_contiguous())
+    assert output.shape == (*shape, outputs) and output.dtype == dtype and (any_layout or output.is_contiguous())
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-2}
     torch.testing.assert_close(output.double(), exact, **tolerance)
 
@@ -248,6 +250,20 @@ def test_few_rows_give_the_product(few_rows, dtype, shape, bias, by_feature, any
 def test_few_rows_lie_by_feature_where_any_layout_will_do(few_rows):
     output = project(nn.Linear(64, 48), torch.randn(1, 9, 64), any_layout=True)
     assert output.stride()[1:] == (1, 9)
+
+
+@torch.no_grad()
+def test_few_rows_of_float32_are_products_of_bands(few_rows, monkeypatch):
+    counts = []
+
+    def count(hidden_states, weight, bias, rows, bands):
+        counts.append((rows, bands))
+        return product_in_bands(hidden_states, weight, bias, rows, bands)
+
+    monkeypatch.setattr(ops_groupformer, "product_in_bands", count)
+    for outputs, rows in [(96, 4), (96, 15), (96, 16), (48, 4), (96, 1)]:
+        project(nn.Linear(64, outputs), torch.randn(rows, 1, 64))
+    assert counts == [(4, 3), (15, 3)]
 
 
 def test_a_weight_that_is_a_transposed_view_is_not_cut_into_bands(onednn):
