@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 
 from .cache_groupformer import is_by_feature
@@ -160,6 +161,27 @@ def product_in_bands(
     product = torch.bmm(hidden_states.reshape(1, rows, inputs).expand(bands, rows, inputs), banded)
     product = product.transpose(0, 1).reshape(*hidden_states.shape[:-1], outputs)
     return product if bias is None else product.add_(bias)
+
+
+LARGE_GATE = 2**20  # numbers: smaller ones take memory that was used before
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+def multiply_by_gate(mlp: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`mlp.act_fn(gate) * up`, for long prompts in the memory of the gate, where nobody else can hold it.
+
+    New memory of many MiB comes from the system page by page, which takes longer than to compute what it is for.
+    """
+    act_fn = mlp.act_fn
+    if (
+        gate.numel() < LARGE_GATE
+        or not is_plain_inference(mlp.gate_proj, gate)
+        or not runs_bare(act_fn)
+        or nn.modules.module._has_any_global_hook()
+    ):
+        return act_fn(gate) * up
+    activated = nn.functional.silu(gate, inplace=True) if type(act_fn) in SILU else act_fn(gate)
+    return activated.mul_(up)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ from .masking_groupformer import (
     layer_mask_names,
     look_up,
 )
-from .ops_groupformer import OWN_ATTENTION, is_plain, project, rms_norm
+from .ops_groupformer import OWN_ATTENTION, is_plain, multiply_by_gate, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -311,8 +311,9 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
         self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.act_fn(project(self.gate_proj, hidden_states, any_layout=True))
-        return project(self.down_proj, gate * project(self.up_proj, hidden_states, any_layout=True))
+        gate = project(self.gate_proj, hidden_states, any_layout=True)
+        up = project(self.up_proj, hidden_states, any_layout=True)
+        return project(self.down_proj, multiply_by_gate(self, gate, up))
 
 
 MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}

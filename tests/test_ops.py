@@ -266,6 +266,44 @@ def test_few_rows_of_float32_are_products_of_bands(few_rows, monkeypatch):
     assert counts == [(4, 3), (15, 3)]
 
 
+def gated_mlp(act="silu"):
+    return randomize(GroupFormerForCausalLM(tiny_config(hidden_act=act))).model.layers[0].mlp
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu", "linear", "gelu_pytorch_tanh"])
+def test_a_large_gate_is_multiplied_in_place(act, monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "LARGE_GATE", 1)
+    mlp = gated_mlp(act)
+    gate, up = torch.randn(2, 3, mlp.up_proj.out_features), torch.randn(2, 3, mlp.up_proj.out_features)
+    expected = mlp.act_fn(gate.clone()) * up
+    with torch.no_grad():
+        output = ops_groupformer.multiply_by_gate(mlp, gate, up)
+    assert torch.equal(output, expected) and (output is gate or act not in ("silu", "linear"))
+
+
+@pytest.mark.parametrize("who", ["gate", "activation", "everywhere"])
+def test_what_a_hook_holds_of_a_large_gate_stays(who, monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "LARGE_GATE", 1)
+    mlp, seen = gated_mlp("linear"), []  # whose activation returns the gate itself
+    if who == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
+    else:
+        hooked = mlp.gate_proj if who == "gate" else mlp.act_fn
+        handle = hooked.register_forward_hook(lambda module, args, output: seen.append(output))
+    hidden = torch.randn(1, 3, mlp.gate_proj.in_features)
+    with torch.no_grad():
+        mlp(hidden)
+        handle.remove()
+        assert any(torch.equal(output, mlp.gate_proj(hidden)) for output in seen)
+
+
+def test_gradients_pass_a_large_gate(monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "LARGE_GATE", 1)
+    mlp = gated_mlp()
+    hidden = torch.randn(1, 3, mlp.gate_proj.in_features, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp.double(), (hidden,))
+
+
 def test_a_weight_that_is_a_transposed_view_is_not_cut_into_bands(onednn):
     linear, hidden = nn.Linear(64, 48), torch.randn(1, 1, 64)
     linear.weight.data = torch.randn(64, 48).t()
