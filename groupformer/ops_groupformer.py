@@ -174,14 +174,17 @@ def multiply_by_gate(mlp: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Te
     """
     act_fn = mlp.act_fn
     if (
-        gate.numel() < LARGE_GATE
-        or not is_plain_inference(mlp.gate_proj, gate)
+        torch.compiler.is_compiling()  # first: graphs must not depend on sizes
+        or torch.jit.is_tracing()
+        or gate.numel() < LARGE_GATE
+        or type(act_fn) not in SILU
         or not runs_bare(act_fn)
+        or not is_plain_inference(mlp.gate_proj, gate)
+        or not is_plain_inference(mlp.up_proj, up)
         or nn.modules.module._has_any_global_hook()
     ):
         return act_fn(gate) * up
-    activated = nn.functional.silu(gate, inplace=True) if type(act_fn) in SILU else act_fn(gate)
-    return activated.mul_(up)
+    return nn.functional.silu(gate, inplace=True).mul_(up)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
