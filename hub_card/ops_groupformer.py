@@ -102,7 +102,9 @@ def is_plain_inference(linear: nn.Module, hidden_states: torch.Tensor) -> TypeGu
 
 # By dtype the fewest inputs, the fewest and most rows, and the smallest weight for which `project_few_rows` was
 # measured to be faster. Where the CPU has no instructions for bfloat16, only its matrix-vector product is.
-FEW_ROWS = {torch.float32: (256, 4, 48, 5 * 2**16), torch.bfloat16: (512, 1, 256 if HAS_BFLOAT16 else 1, 2**18)}
+FEW_ROWS = {torch.bfloat16: (512, 1, 256 if HAS_BFLOAT16 else 1, 2**18)}
+if torch.backends.mkl.is_available():
+    FEW_ROWS[torch.float32] = (256, 4, 48, 5 * 2**16)
 BAND, ROWS_IN_BANDS = 32, 15  # in float32 as bands of so many rows of the weight, up to so many rows,
 WIDE = (1024, 8, 2**20)  # and else as `weight @ rows.T`, from so many inputs, rows and numbers in the weight on
 
@@ -118,18 +120,16 @@ def project_few_rows(linear: nn.Linear, hidden_states: torch.Tensor, any_layout:
     weight, bias = linear.weight, linear.bias
     outputs, inputs = weight.shape
     rows, size = hidden_states.numel() // inputs, hidden_states.shape[:-1]
+    if rows == 1 and bias is None:
+        return torch.mv(weight, hidden_states.reshape(inputs)).view(*size, outputs)
     if weight.dtype is torch.float32:
         if rows <= ROWS_IN_BANDS and outputs % BAND == 0 and weight.is_contiguous():
             return product_in_bands(hidden_states, weight, bias, rows, outputs // BAND)
-        suits = inputs >= WIDE[0] and rows >= WIDE[1] and weight.numel() >= WIDE[2]
-    elif rows == 1:
-        if bias is None:
-            return torch.mv(weight, hidden_states.reshape(inputs)).view(*size, outputs)
-        suits = False
+        is_faster = inputs >= WIDE[0] and rows >= WIDE[1] and weight.numel() >= WIDE[2]
     else:
         costs_a_copy = not any_layout and hidden_states.stride(-1) == 1
-        suits = not costs_a_copy or rows <= (64 if inputs >= 1024 else 16)
-    if not suits:
+        is_faster = rows > 1 and (not costs_a_copy or rows <= (64 if inputs >= 1024 else 16))
+    if not is_faster:
         return linear(hidden_states)
     columns = hidden_states.reshape(rows, inputs).t()
     output = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
@@ -336,7 +336,7 @@ def additive_mask(
     return attention_mask
 
 
-FEW_QUERIES = 64  # more queries of one KV head are worth a copy of the keys by token, which torch's kernel reads
+FEW_QUERIES = 128  # more of one KV head are worth a copy by token, which torch's kernel reads; scores take memory too
 
 
 def attend_by_feature(
