@@ -63,7 +63,7 @@ from .masking_groupformer import (
     layer_mask_names,
     look_up,
 )
-from .ops_groupformer import OWN_ATTENTION, is_plain, multiply_by_gate, project, rms_norm
+from .ops_groupformer import OWN_ATTENTION, build_linear, is_plain, multiply_by_gate, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -228,10 +228,10 @@ class GroupFormerAttention(nn.Module):
         self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
 
         bias, query_size, key_size = config.attention_bias, heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, key_size, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden_size, bias=config.attention_output_bias)
+        self.q_proj = build_linear(hidden_size, query_size, bias=bias)
+        self.k_proj = build_linear(hidden_size, key_size, bias=bias)
+        self.v_proj = build_linear(hidden_size, key_size, bias=bias)
+        self.o_proj = build_linear(query_size, hidden_size, bias=config.attention_output_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
@@ -295,8 +295,8 @@ class GroupFormerPlainMLP(nn.Module):
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__()
         intermediate_size = config.per_layer_config[layer_idx].intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = build_linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = build_linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -308,7 +308,7 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
 
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
+        self.gate_proj = build_linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate = project(self.gate_proj, hidden_states, any_layout=True)
@@ -601,7 +601,7 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GroupFormerModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = build_linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

@@ -44,6 +44,24 @@ PREFERS_ONEDNN = mkl_is_slow()
 HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class _LinearWithoutValues(nn.Linear):
+    """`nn.Linear` that does not draw values where there is nothing to hold them."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def build_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """torch's `nn.Linear`, made faster on the meta device, where a model is built before its weights are loaded.
+
+    `nn.Linear` draws values there too, and that takes longer than all else that building a model does.
+    """
+    linear = _LinearWithoutValues(in_features, out_features, bias)
+    linear.__class__ = nn.Linear  # many tools ask for this very type
+    return linear
+
+
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is `nn.Linear` and nothing more: no adapter, quantized weight, hook or changed `forward`."""
     fields = linear.__dict__

@@ -278,8 +278,12 @@ class GroupFormerConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [
                 "full_attention" if layer.sliding_window is None else "sliding_attention"
-                for layer in self.per_layer_config
+                for layer in self._layers()
             ]
+
+    def _layers(self) -> list["GroupFormerConfig"]:
+        """The config of each layer. Transformers makes them one by one; where they don't differ, it is this one."""
+        return list(self.per_layer_config) if self.is_heterogeneous else [self] * self.num_hidden_layers
 
     # Without this line the dataclass machinery would write one that cannot compare heterogeneous configs.
     __eq__ = PreTrainedConfig.__eq__
@@ -289,8 +293,9 @@ class GroupFormerConfig(PreTrainedConfig):
         _check_per_layer_fields(self.per_layer_attributes or ())
         self._check_sizes()
         self._check_layer_types()
-        for layer_idx, layer in enumerate(self.per_layer_config):
-            where = f" in layer {layer_idx}" if self.is_heterogeneous else ""
+        differ, layers = self.is_heterogeneous, self._layers()
+        for layer_idx, layer in enumerate(layers if differ else layers[:1]):
+            where = f" in layer {layer_idx}" if differ else ""
             if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
                 raise ValueError(
                     f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -425,7 +430,7 @@ class GroupFormerConfig(PreTrainedConfig):
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
                 "give one entry a layer"
             )
-        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self.per_layer_config)):
+        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self._layers())):
             if layer_type not in known_types:
                 raise ValueError(
                     f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"

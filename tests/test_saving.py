@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from groupformer import (
@@ -15,6 +16,7 @@ from groupformer import (
     GroupFormerModel,
     GroupFormerTokenizer,
 )
+from groupformer.ops_groupformer import build_linear
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -127,3 +129,21 @@ def test_a_model_built_on_the_meta_device_needs_no_memory_and_loads():
     with torch.device("meta"):
         model = GroupFormerForCausalLM(tiny_config())
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_nothing_is_drawn_for_a_model_on_the_meta_device(monkeypatch):
+    # Drawing values that nothing holds took longer than all else in building a model before its weights are loaded.
+    drawn = []
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **kwargs: drawn.append(weight))
+    with torch.device("meta"):
+        model = GroupFormerForCausalLM(tiny_config())
+    assert drawn == []
+    assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_a_layer_built_by_itself_has_torchs_values():
+    torch.manual_seed(0)
+    expected = nn.Linear(16, 8, bias=True)
+    torch.manual_seed(0)
+    built = build_linear(16, 8, bias=True)
+    assert torch.equal(built.weight, expected.weight) and torch.equal(built.bias, expected.bias)
