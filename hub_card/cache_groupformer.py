@@ -10,8 +10,8 @@ Both are laid out by token, as everywhere, until a single sequence on a CPU is l
 by feature, which products with them read faster. What is seen of them has the same shape, with other strides.
 
 The cache itself stays a `DynamicCache`: beam search, assisted decoding, offloading and whatever else knows its layers
-goes on working. Where writing in place could be wrong, transformers' own way is taken, which copies: gradients through
-the cache, graphs being compiled or exported, and sliding windows that record their past for assisted decoding.
+goes on working. Where writing in place could be wrong, transformers' own way is taken, which copies: where gradients
+could flow, in graphs being compiled or exported, and for sliding windows that record their past for assisted decoding.
 
 This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
 
@@ -203,7 +203,7 @@ class GrowingLayer(DynamicLayer):
         """Whether to leave an update to transformers: for gradients, for graphs, or for its error on a wrong shape."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return True
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        if torch.is_grad_enabled():  # even where only queries have gradients, what they met must stay as it was
             return True
         held = self.keys
         if held is None or held.numel() == 0:

@@ -19,6 +19,13 @@ from groupformer.cache_groupformer import (
 from .helpers import random_ids, randomize, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """As in decoding: where gradients could flow, a cache is copied (the tests of that say so)."""
+    with torch.no_grad():
+        yield
+
+
 LAYERS = {
     "full": (GrowingLayer, DynamicLayer),
     "window": (
@@ -201,7 +208,6 @@ def test_another_cache_that_is_passed_stays_as_it_is(model):
     assert given.get_seq_length() == 7
 
 
-@torch.no_grad()
 def test_a_cache_is_taken_and_given_by_the_name_that_transformers_uses_and_by_the_old_one(model):
     ids = random_ids(1, 6)
     whole = model(ids).logits[:, -1]
@@ -218,7 +224,6 @@ def test_a_cache_under_both_names_is_refused(model):
         model(random_ids(1, 6), cache=cache, past_key_values=cache)
 
 
-@torch.no_grad()
 def test_a_copied_cache_goes_on_by_itself(model):
     prompt, following = random_ids(1, 8), random_ids(1, 3, seed=1)
     cache = model(prompt).past_key_values
@@ -228,6 +233,7 @@ def test_a_copied_cache_goes_on_by_itself(model):
     assert cache.get_seq_length() == 8
 
 
+@torch.enable_grad()
 def test_gradients_flow_through_cached_tokens(model):
     ids = random_ids(1, 6)
     cache = model(ids[:, :4]).past_key_values
@@ -238,11 +244,24 @@ def test_gradients_flow_through_cached_tokens(model):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.enable_grad()
+def test_keys_that_queries_with_gradients_have_met_are_not_written_over():
+    def loss_of_steps(layer):
+        total = 0
+        for step in range(12):
+            keys, values = layer.update(*tokens(1, step))
+            total = total + (torch.tanh(query @ keys.transpose(-1, -2)) @ values).sum()
+        return total
+
+    query = torch.ones(2, 3, 1, 4, requires_grad=True)
+    gradients = [torch.autograd.grad(loss_of_steps(layer()), query)[0] for layer in (GrowingLayer, DynamicLayer)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_cache_made_in_inference_mode_goes_on_outside(model):
     with torch.inference_mode():
         cache = model(random_ids(1, 8)).past_key_values
-    with torch.no_grad():
-        model(random_ids(1, 1), past_key_values=cache)
+    model(random_ids(1, 1), past_key_values=cache)
     assert cache.get_seq_length() == 9
 
 
