@@ -277,8 +277,7 @@ class GroupFormerConfig(PreTrainedConfig):
             self.base_model_tp_plan = {name: how for name, how in plan.items() if not name.endswith("gate_proj")}
         if self.layer_types is None:
             self.layer_types = [
-                "full_attention" if layer.sliding_window is None else "sliding_attention"
-                for layer in self._layers()
+                "full_attention" if layer.sliding_window is None else "sliding_attention" for layer in self._layers()
             ]
 
     def _layers(self) -> list["GroupFormerConfig"]:
