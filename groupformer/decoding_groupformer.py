@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .ops_groupformer import PREFERS_ONEDNN, ROW_DTYPES, attend, attend_eagerly, is_plain, project, runs_bare
+from .attention_groupformer import attend, attend_eagerly
+from .ops_groupformer import PREFERS_ONEDNN, ROW_DTYPES, is_plain, project, runs_bare
 
 
 def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_values: Any | None) -> Callable | None:
@@ -29,6 +30,7 @@ def attention_of_one_token(model: Any, hidden_states: torch.Tensor, past_key_val
         and isinstance(past_key_values, Cache)  # nor the pages of continuous batching
         and not model.training
         and not torch.is_grad_enabled()
+        and not hidden_states.is_meta  # of which autocast knows nothing
         and not torch.is_autocast_enabled(hidden_states.device.type)  # knows no products with vectors
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()

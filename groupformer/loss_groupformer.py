@@ -84,16 +84,29 @@ class HeadCrossEntropy(torch.autograd.Function):
                 grad_weight = grad_weight.float().add_(grad.t() @ hidden)
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(hidden_states, weight, bias, labels)
+        ctx.gradients, ctx.logits_scaling = (grad_hidden, grad_weight, grad_bias), logits_scaling
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place, to hold no second gradient of the head. A second backward is then refused by autograd.
-        grads = [None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors]
-        return grads[0], *(None if grad is None else grad.to(ctx.dtype) for grad in grads[1:]), None, None
+        if ctx.gradients is None or torch.is_grad_enabled():
+            return *gradients_again(ctx, grad_output), None, None
+        # In place, to hold no second gradient of the head; so they serve once.
+        gradients, ctx.gradients, dtype = ctx.gradients, None, ctx.saved_tensors[1].dtype
+        return *(None if it is None else it.mul_(grad_output).to(dtype) for it in gradients), None, None
+
+
+def gradients_again(ctx: Any, grad_output: torch.Tensor) -> list[torch.Tensor | None]:
+    """The gradients of a second backward pass, or ones that have gradients themselves, by way of all logits."""
+    hidden_states, weight, bias, labels = ctx.saved_tensors
+    needed, differentiable = ctx.needs_input_grad[:3], torch.is_grad_enabled()
+    with torch.enable_grad():
+        logits = nn.functional.linear(hidden_states, weight, bias).float() / ctx.logits_scaling
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        inputs = [it for it, needs in zip((hidden_states, weight, bias), needed) if needs]
+        gradients = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=differentiable))
+    return [next(gradients) if needs else None for needs in needed]
 
 
 def head_cross_entropy(

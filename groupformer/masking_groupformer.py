@@ -38,15 +38,33 @@ def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     ]
 
 
-def check_inputs(shape: torch.Size, attention_mask: Any) -> None:
+def running_mask_names(model: Any) -> list[str]:
+    """The mask of each layer that runs; where layers came in after the model was built, by the config as it is now.
+
+    Raises:
+        ValueError: `layer_types` says nothing of a layer.
+    """
+    count = min(model.config.num_hidden_layers, len(model.layers))
+    if len(model.mask_names) >= count:
+        return model.mask_names[:count]
+    names = layer_mask_names(model.config)
+    if len(names) < count:
+        raise ValueError(
+            f"layer_types has {len(names)} entries, but {count} layers are to run; add one for each new layer"
+        )
+    return names[:count]
+
+
+def check_inputs(shape: torch.Size, attention_mask: Any, past_key_values: Cache | None) -> None:
     """Refuses what would be computed wrongly, or fail further down by a message about something else.
 
     Args:
         shape: Of `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
         attention_mask: What the caller gave; only masks (B, S) are looked at.
+        past_key_values: The cache; where it grows, what it holds is counted.
 
     Raises:
-        ValueError: an empty or flat input, a mask of another batch or shorter than the input, or one with values
+        ValueError: an empty or flat input, a mask of another batch or shorter than the tokens, or one with values
             other than 0 and 1.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph holds no checks of sizes
@@ -55,9 +73,11 @@ def check_inputs(shape: torch.Size, attention_mask: Any) -> None:
         raise ValueError(f"the input has shape {tuple(shape)}; give (batch, sequence), both of at least 1")
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return
-    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+    cached = past_key_values.get_seq_length() if type(past_key_values) is DynamicCache else 0
+    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < cached + shape[1]:
+        after = f" after {cached} cached tokens" if cached else ""
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but the input {tuple(shape[:2])}; "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the input {tuple(shape[:2])}{after}; "
             "give one row for each row of the input, with an entry for each token, cached ones included"
         )
     if attention_mask.is_floating_point() and not ((attention_mask == 0) | (attention_mask == 1)).all():

@@ -224,7 +224,13 @@ class GroupFormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Transformers' `from_dict`, for fields that come from a file: these name no code to fetch from the Hub."""
+        """Transformers' `from_dict`, for fields that come from a file: these name no code to fetch from the Hub.
+
+        Fewer layers than in the file (`from_pretrained(path, num_hidden_layers=2)`) are its first ones.
+        """
+        layers, types = kwargs.get("num_hidden_layers"), config_dict.get("layer_types")
+        if layers is not None and types is not None and "layer_types" not in kwargs:
+            config_dict = {**config_dict, "layer_types": types[:layers], "num_hidden_layers": layers}
         for name in ("attn_implementation", "_attn_implementation"):
             chosen = config_dict.get(name)
             backends = chosen.values() if isinstance(chosen, dict) else [chosen]

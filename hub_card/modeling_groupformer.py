@@ -44,6 +44,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_groupformer import OWN_ATTENTION
 from .cache_groupformer import CACHE_NAME, either_cache_name, grow_in_place, new_cache, update_options
 from .configuration_groupformer import GroupFormerConfig
 from .decoding_groupformer import (
@@ -62,8 +63,9 @@ from .masking_groupformer import (
     create_attention_masks,
     layer_mask_names,
     look_up,
+    running_mask_names,
 )
-from .ops_groupformer import OWN_ATTENTION, build_linear, is_plain, multiply_by_gate, project, rms_norm
+from .ops_groupformer import build_linear, is_unwatched, multiply_by_gate, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -548,7 +550,8 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        check_inputs(input_ids.shape if inputs_embeds is None else inputs_embeds.shape, attention_mask)
+        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
+        check_inputs(shape, attention_mask, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = look_up(self.embed_tokens, input_ids)
         if use_cache and past_key_values is None:
@@ -565,7 +568,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
 
         attend = attention_of_one_token(self, hidden_states, past_key_values)
-        for mask_name, decoder_layer in zip(self.mask_names[: self.config.num_hidden_layers], self.layers):
+        for mask_name, decoder_layer in zip(running_mask_names(self), self.layers):
             if attend is not None and takes_one_token(decoder_layer):
                 token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)
                 mask = masks[mask_name]
@@ -652,9 +655,9 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         )
 
     def can_skip_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
-        """Whether the loss is the usual one of all logits, its head a plain matrix, and no graph is being compiled."""
+        """Whether the loss is the usual one of all logits, its head a plain matrix, and nobody looks on."""
         usual = self.loss_function is ForCausalLMLoss and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        return usual and is_plain(self.lm_head) and not torch.compiler.is_compiling()
+        return usual and is_unwatched(self.lm_head)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)

@@ -1,5 +1,6 @@
 """Faults: killed runs, full disks, damaged checkpoints, and input that no model should be given."""
 
+import copy
 import json
 import random
 import shutil
@@ -251,6 +252,28 @@ def test_input_that_makes_no_sense_is_refused(case, model):
     inputs, error, message = BAD_INPUTS[case]
     with pytest.raises(error, match=message):
         model(**inputs)
+
+
+def test_a_mask_shorter_than_the_cache_is_refused(model):
+    cache = model(random_ids(2, 7)).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\).*after 7 cached tokens"):
+        model(random_ids(2, 1), past_key_values=cache, attention_mask=torch.ones(2, 1))
+
+
+def test_layers_that_came_in_after_the_model_was_built_are_run():
+    model = randomize(GroupFormerForCausalLM(tiny_config())).eval()
+    before = model(random_ids(1, 5)).logits
+    added = copy.deepcopy(model.model.layers[1])
+    added.self_attn.layer_idx = 2
+    model.model.layers.append(added)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"layer_types has 2 entries, but 3 layers"):
+        model(random_ids(1, 5))
+    model.config.layer_types = ["full_attention"] * 3
+    with_three = randomize(GroupFormerForCausalLM(tiny_config(num_hidden_layers=3))).eval()
+    with_three.load_state_dict(model.state_dict())
+    assert not torch.equal(model(random_ids(1, 5)).logits, before)
+    assert torch.equal(model(random_ids(1, 5)).logits, with_three(random_ids(1, 5)).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.bool])

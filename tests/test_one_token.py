@@ -1,5 +1,8 @@
 """The lean path of a decoded token: the numbers of a pass without a cache, and no hook or adapter passed over."""
 
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,16 +10,23 @@ from torch import nn
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from groupformer import GroupFormerForCausalLM, cache_groupformer, modeling_groupformer, ops_groupformer
-from groupformer.cache_groupformer import is_by_feature
-from groupformer.ops_groupformer import (
+from groupformer import (
+    GroupFormerForCausalLM,
+    attention_groupformer,
+    cache_groupformer,
+    modeling_groupformer,
+    ops_groupformer,
+)
+from groupformer.attention_groupformer import (
     attend,
     attend_by_feature,
     attend_in_parts,
+    mask_of_parts,
     parts_of_keys,
     reads_halves_faster,
-    rms_norm,
 )
+from groupformer.cache_groupformer import is_by_feature
+from groupformer.ops_groupformer import rms_norm
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -354,14 +364,14 @@ def test_keys_are_not_parted_where_gradients_flow(threads):
 @pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "window"])
 def test_long_caches_are_read_in_parts_by_either_path(variant, monkeypatch, threads, lean_layers):
     threads(3)
-    monkeypatch.setattr("groupformer.ops_groupformer.MANY_KEYS", 8)
+    monkeypatch.setattr("groupformer.attention_groupformer.MANY_KEYS", 8)
     model, token_ids = model_of(**USUAL[variant]), random_ids(1, 20)
     expected = model(token_ids).logits[:, -1]
     for lean in (True, False):
         cache = model(token_ids[:, :-1], use_cache=True).past_key_values
         handle = None if lean else model.model.layers[0].register_forward_hook(lambda *_: None)
         parts = []
-        monkeypatch.setattr("groupformer.ops_groupformer.attend_in_parts", counting(parts))
+        monkeypatch.setattr("groupformer.attention_groupformer.attend_in_parts", counting(parts))
         logits = model(token_ids[:, -1:], past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         assert parts and set(parts) == {3}
@@ -383,7 +393,7 @@ def counting(parts):
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("kv_heads, group, mask", [(3, 1, None), (1, 5, None), (3, 2, "hidden"), (2, 3, "biases")])
 def test_a_cache_by_feature_is_attended_to_as_by_token(kv_heads, group, mask, halves, monkeypatch):
-    monkeypatch.setattr(ops_groupformer, "reads_halves_faster", lambda keys: halves)
+    monkeypatch.setattr(attention_groupformer, "reads_halves_faster", lambda keys: halves)
     query, key, value = long_cache(kv_heads, 50, group=group)
     keys, values = (states.transpose(2, 3).contiguous().transpose(2, 3) for states in (key, value))
     assert is_by_feature(keys) and not is_by_feature(key)
@@ -415,7 +425,7 @@ def test_heads_are_halved_where_a_thread_would_wait(heads, threads, seen, halved
 def test_a_cache_by_feature_gives_the_logits_of_a_pass_without_one(variant, padding, path, monkeypatch):
     monkeypatch.setattr(cache_groupformer, "LARGE_LAYER", 1)
     monkeypatch.setattr(cache_groupformer, "LONG", 1)
-    monkeypatch.setattr(ops_groupformer, "FEW_QUERIES", 10)
+    monkeypatch.setattr(attention_groupformer, "FEW_QUERIES", 10)
     model, counts = model_of(**USUAL[variant]), (9, 1, 1, 2, 1, 13, 1, 1)
     if path == "eager":
         model.set_attn_implementation("eager")
@@ -433,3 +443,30 @@ def test_a_cache_by_feature_gives_the_logits_of_a_pass_without_one(variant, padd
         found.append(outputs.logits)
     assert all(is_by_feature(states) for layer in cache.layers for states in (layer.keys, layer.values))
     torch.testing.assert_close(torch.cat(found, 1)[:, padding:], expected[:, padding:], rtol=1e-5, atol=1e-5)
+
+
+def test_directions_of_one_token_pass_its_norms():
+    model = randomize(GroupFormerForCausalLM(tiny_config())).eval()
+    model.set_attn_implementation("eager")
+    embedded = model.model.embed_tokens(random_ids(1, 1)).detach()
+
+    def logits(inputs_embeds):
+        return model(inputs_embeds=inputs_embeds, use_cache=False).logits
+
+    expected = torch.func.jvp(logits, (embedded,), (torch.ones_like(embedded),))[1]
+    with torch.no_grad():
+        directions = torch.func.jvp(logits, (embedded,), (torch.ones_like(embedded),))[1]
+    torch.testing.assert_close(directions, expected)
+
+
+def test_what_is_kept_for_later_tokens_lies_on_the_cpu_whatever_the_default_device():
+    mask_of_parts.cache_clear()
+    path = ops_groupformer.__file__
+    with torch.device("meta"):
+        mask = mask_of_parts(2, 4, 5, torch.float32)
+        module = types.ModuleType("imported_under_another_device")
+        exec(compile(Path(path).read_text(), path, "exec"), vars(module))  # as remote code is imported
+    assert mask.device.type == "cpu"
+    row, weight = torch.randn(1, 1, 8), torch.randn(8)
+    with torch.no_grad():
+        torch.testing.assert_close(module.rms_norm(row, weight, 1e-6), torch.rms_norm(row, (8,), weight, 1e-6))

@@ -7,9 +7,10 @@ from torch import nn
 from transformers.integrations import sdpa_attention
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from groupformer import GroupFormerForCausalLM, loss_groupformer, ops_groupformer
+from groupformer import GroupFormerForCausalLM, attention_groupformer, loss_groupformer, ops_groupformer
+from groupformer.attention_groupformer import sdpa_attention_forward
 from groupformer.loss_groupformer import HeadCrossEntropy
-from groupformer.ops_groupformer import product_in_bands, project, sdpa_attention_forward
+from groupformer.ops_groupformer import product_in_bands, project
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -126,7 +127,7 @@ def test_few_logits_leave_the_loss_to_torch(monkeypatch):
 def test_one_chunk_leaves_the_heads_gradient_in_its_dtype():
     hidden, weight = torch.randn(4, 8).bfloat16(), torch.randn(99, 8).bfloat16().requires_grad_()
     loss = HeadCrossEntropy.apply(hidden, weight, None, torch.arange(4), 1.0)
-    assert [saved.dtype for saved in loss.grad_fn.saved_tensors if saved is not None] == [torch.bfloat16]
+    assert [gradient.dtype for gradient in loss.grad_fn.gradients if gradient is not None] == [torch.bfloat16]
 
 
 def test_no_label_gives_zero_gradients(small_chunks):
@@ -144,13 +145,59 @@ def test_a_frozen_head_gets_no_gradient(small_chunks):
     assert "lm_head.weight" not in grads and "model.layers.0.mlp.up_proj.weight" in grads
 
 
-def test_a_second_backward_is_refused_rather_than_wrong(small_chunks):
+def test_a_second_backward_gives_the_same_gradients(small_chunks):
+    model = training_model(lm_head_bias=True, tie_word_embeddings=False, logits_scaling=2.0)
+    ids, labels = labelled()
+    parameters = list(model.parameters())
+    loss = model(ids, labels=labels).loss
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, parameters), tuple(3 * gradient for gradient in first))
+
+
+def curvature(model, ids, labels, **options):
+    """The gradients of the square of a gradient's norm."""
+    loss = model(ids, labels=labels, **options).loss
+    by_embeddings = torch.autograd.grad(loss, model.model.embed_tokens.weight, create_graph=True)[0]
+    return torch.autograd.grad(by_embeddings.square().sum(), list(model.parameters()))
+
+
+def test_the_loss_has_second_derivatives(small_chunks):
+    model = training_model(tie_word_embeddings=False)
+    model.set_attn_implementation("eager")
+    ids, labels = labelled()
+    expected = curvature(model, ids, labels, skip_logits=False)
+    torch.testing.assert_close(curvature(model, ids, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_func_takes_the_gradient_of_the_loss(small_chunks):
     model = training_model()
     ids, labels = labelled()
-    loss = model(ids, labels=labels).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
+    embedded = model.model.embed_tokens(ids).detach()
+
+    def loss(inputs_embeds, **options):
+        return model(inputs_embeds=inputs_embeds, labels=labels, use_cache=False, **options).loss
+
+    expected = torch.autograd.grad(loss(embedded.requires_grad_()), embedded)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(embedded.detach()), expected)
+
+
+def test_hooks_on_the_heads_gradient_are_called(small_chunks):
+    model, seen = training_model(), []
+    model.lm_head.register_full_backward_hook(
+        lambda module, grad_input, grad_output: seen.append(grad_output[0].shape)
+    )
+    ids, labels = labelled()
+    model(ids, labels=labels).loss.backward()
+    assert seen == [(*ids.shape, model.config.vocab_size)]
+
+
+def test_a_model_on_the_meta_device_has_shapes_of_losses_and_tokens(small_chunks):
+    model, ids = training_model().to("meta"), torch.zeros(2, 6, dtype=torch.long, device="meta")
+    assert model(ids, labels=ids).loss.is_meta
+    model.eval()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        assert model(ids[:, :1], past_key_values=cache).logits.shape == (2, 1, model.config.vocab_size)
 
 
 def test_evaluation_returns_logits_unless_they_are_declined():
@@ -390,7 +437,7 @@ def test_decoding_repeats_no_heads(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize("kind", ["none", "not causal", "causal", "window", "biases by head"])
 def test_short_rows_are_trained_by_plain_products(kv_heads, kind, monkeypatch):
-    monkeypatch.setattr(ops_groupformer, "transformers_sdpa", None)  # calling it would fail
+    monkeypatch.setattr(attention_groupformer, "transformers_sdpa", None)  # calling it would fail
     shapes = [(2, 6, 9, 8), (2, kv_heads, 9, 8), (2, kv_heads, 9, 8)]
     states = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     exact = [tensor.detach().double().requires_grad_() for tensor in states]
@@ -415,7 +462,7 @@ def test_short_rows_are_trained_by_plain_products(kv_heads, kind, monkeypatch):
 
 @pytest.mark.parametrize("case", ["long", "float32", "dropout", "hidden row", "hidden row, additive"])
 def test_other_rows_are_trained_by_torchs_kernel(case, monkeypatch):
-    monkeypatch.setattr(ops_groupformer, "attend_eagerly", None)  # calling it would fail
+    monkeypatch.setattr(attention_groupformer, "attend_eagerly", None)  # calling it would fail
     length, dtype = 129 if case == "long" else 9, torch.float32 if case == "float32" else torch.bfloat16
     states = [torch.randn(2, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     mask = masks("left-padded", 9, 9) if "hidden" in case else None

@@ -141,6 +141,23 @@ def test_nothing_is_drawn_for_a_model_on_the_meta_device(monkeypatch):
     assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
+def test_a_linear_layer_that_somebody_put_in_torchs_place_is_used(monkeypatch):
+    class Other(nn.Linear):
+        pass
+
+    monkeypatch.setattr(nn, "Linear", Other)
+    assert type(GroupFormerForCausalLM(tiny_config()).lm_head) is Other
+
+
+def test_fewer_layers_than_were_saved_are_the_first_ones(tmp_path):
+    model = build(num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    first = GroupFormerForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(first.model.layers) == len(first.config.layer_types) == 2
+    model.model.layers = model.model.layers[:2]
+    assert torch.equal(first(random_ids(1, 4)).logits, model(random_ids(1, 4)).logits)
+
+
 def test_a_layer_built_by_itself_has_torchs_values():
     torch.manual_seed(0)
     expected = nn.Linear(16, 8, bias=True)
