@@ -143,9 +143,9 @@ def turn_one(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Rotary positions of heads (B, H + G, 1, D); partial ones in place."""
     rotary_dim = cos.shape[-1]
     if rotary_dim == states.shape[-1]:
-        return torch.addcmul(states * cos, torch.roll(states, rotary_dim // 2, dims=-1), sin)
+        return torch.roll(states, rotary_dim // 2, dims=-1).mul_(sin).addcmul_(states, cos)
     part = states.narrow(-1, 0, rotary_dim)
-    part.copy_(torch.addcmul(part * cos, torch.roll(part, rotary_dim // 2, dims=-1), sin))
+    part.copy_(torch.roll(part, rotary_dim // 2, dims=-1).mul_(sin).addcmul_(part, cos))
     return states
 
 

@@ -164,13 +164,14 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns each pair `(x[j], x[j + d/2])` of heads (B, H or G, T, D) by its position's angle.
 
     `cos` and `sin` are (B, 1, T, d), the first half of the sines negative: they meet the halves of x in exchange.
-    Where d is below `D` (partial rotary), the head's last features pass unturned.
+    Partial rotary (d below `D`) leaves the head's last features. In place is faster in float32, slower in bfloat16.
     """
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
         turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
         return torch.cat((turn(turned, cos, sin), kept), dim=-1)
-    return torch.addcmul(x * cos, torch.roll(x, rotary_dim // 2, dims=-1), sin)
+    rolled = torch.roll(x, rotary_dim // 2, dims=-1)
+    return rolled.mul_(sin).addcmul_(x, cos) if x.dtype is torch.float32 else torch.addcmul(x * cos, rolled, sin)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -550,8 +551,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
-        check_inputs(shape, attention_mask, past_key_values)
+        check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = look_up(self.embed_tokens, input_ids)
         if use_cache and past_key_values is None:

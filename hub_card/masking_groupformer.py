@@ -55,11 +55,11 @@ def running_mask_names(model: Any) -> list[str]:
     return names[:count]
 
 
-def check_inputs(shape: torch.Size, attention_mask: Any, past_key_values: Cache | None) -> None:
+def check_inputs(inputs: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> None:
     """Refuses what would be computed wrongly, or fail further down by a message about something else.
 
     Args:
-        shape: Of `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
+        inputs: `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
         attention_mask: What the caller gave; only masks (B, S) are looked at.
         past_key_values: The cache; where it grows, what it holds is counted.
 
@@ -69,6 +69,7 @@ def check_inputs(shape: torch.Size, attention_mask: Any, past_key_values: Cache 
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph holds no checks of sizes
         return
+    shape = inputs.shape
     if len(shape) < 2 or 0 in shape[:2]:
         raise ValueError(f"the input has shape {tuple(shape)}; give (batch, sequence), both of at least 1")
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:

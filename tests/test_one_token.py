@@ -445,6 +445,29 @@ def test_a_cache_by_feature_gives_the_logits_of_a_pass_without_one(variant, padd
     torch.testing.assert_close(torch.cat(found, 1)[:, padding:], expected[:, padding:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", [(2048, 64), (2, 500, 160), (3, 100, 7, 64)])
+@torch.no_grad()
+def test_norms_of_many_rows_are_torchs(shape, dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    rows, weight = (torch.randn(shape) * 5).to(dtype), torch.rand(shape[-1]).to(dtype) + 0.5
+    expected = torch.rms_norm(rows.double(), shape[-1:], weight.double(), 1e-3)
+    monkeypatch.setattr(torch, "rms_norm", None)  # calling it would fail
+    torch.testing.assert_close(rms_norm(rows, weight, 1e-3).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_norms_of_many_rows_spread_no_row_that_is_not_finite():
+    rows, weight = torch.randn(3000, 64), torch.ones(64)
+    rows[5], rows[6], rows[7] = torch.nan, torch.inf, 0.0
+    torch.testing.assert_close(rms_norm(rows, weight, 0.0), torch.rms_norm(rows, (64,), weight, 0.0), equal_nan=True)
+
+
+def test_norms_of_many_rows_have_gradients_in_torchs_way():
+    rows, weight = torch.randn(3000, 64, requires_grad=True), torch.ones(64)
+    assert "BatchNorm" not in type(rms_norm(rows, weight, 1e-6).grad_fn).__name__
+
+
 def test_directions_of_one_token_pass_its_norms():
     model = randomize(GroupFormerForCausalLM(tiny_config())).eval()
     model.set_attn_implementation("eager")
