@@ -36,6 +36,9 @@ from groupformer.training.data import read_column
 
 PERCENTS = (1.0, 2.0, 5.0, 10.0)
 LOSSES = {"distilled": {"kl_weight": 1.0, "ce_weight": 0.1}, "text only": {"kl_weight": 0.0, "ce_weight": 1.0}}
+# What a cell depends on beside its labels: of calibrated merges, and by the part.
+CALIBRATED = ("calibration_tokens", "calibration_every")
+MATTERS = {"uptrain": ("batch_size", "tokenizer"), "scratch": ("recipe",)}
 DECODING = {"batch": 8, "context": 256, "new_tokens": 64}
 
 
@@ -72,19 +75,46 @@ class Study:
         return evaluate(model, self.tokenizer, self.test_texts, window=512, stride=256, batch_size=batch_size)
 
     def cell(self, compute: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:
-        """The cell of these labels: read, or computed and kept."""
+        """The cell of these labels: read, or computed and kept.
+
+        Raises:
+            ValueError: the cell that is there was made with other options.
+        """
         setting = {**labels, "documents": len(self.test_texts), "checkpoint": self.fingerprint}
         name = "_".join(f"{key}={value}" for key, value in setting.items()).replace(" ", "-").replace("/", "-")
         path = self.folder / f"{name}.json"
-        if not path.exists():
+        options = self.options_of(labels)
+        if path.exists():
+            self.refuse_other_options(path, options)
+        else:
             started = time.time()
-            result = {**setting, **compute(), "seconds": round(time.time() - started, 1)}
+            result = {**setting, **compute(), "options": options, "seconds": round(time.time() - started, 1)}
             aside = path.with_suffix(".partial")
             aside.write_text(json.dumps(result, indent=2))
             aside.rename(path)
         self.cells[name] = {**json.loads(path.read_text()), **setting}  # labels win: an evaluation has a "loss" too
         print(name, f"{self.cells[name].get('bits_per_byte', float('nan')):.4f}", flush=True)
         return self.cells[name]
+
+    def options_of(self, labels: dict[str, Any]) -> dict[str, Any]:
+        """The options that a cell depends on, files by their names; those that were not given are left out."""
+        names = (*(CALIBRATED if labels.get("calibrated") else ()), *MATTERS.get(labels.get("part", ""), ()))
+        given = {name: getattr(self.options, name, None) for name in names}
+        return {
+            name: Path(value).name if isinstance(value, str) else value
+            for name, value in given.items()
+            if value is not None
+        }
+
+    def refuse_other_options(self, path: Path, options: dict[str, Any]) -> None:
+        """Refuses a kept cell of other options; older ones do not say theirs, and are taken."""
+        kept = json.loads(path.read_text()).get("options", {})
+        for name, value in options.items():
+            if kept.get(name, value) != value:
+                raise ValueError(
+                    f"{name} ({value}) was {kept[name]} when {path.name} was measured; "
+                    "give it as it was, or another --output"
+                )
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

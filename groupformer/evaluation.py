@@ -15,6 +15,8 @@ import torch
 
 DEFAULT_WINDOW = 1024
 IGNORED = -100
+UNREADABLE = "\ufffd"  # what a decoder writes for a part of a character
+FURTHEST = 32  # tokens in which a character ends: it has 4 bytes, but a token may hold parts of two
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,36 @@ class Window:
     scored: int
 
 
-def windows_of(input_ids: list[int], window: int, stride: int) -> Iterator[Window]:
-    """The windows of one document; together they score every token but the first, each once."""
-    ready = 1  # the first token has nothing before it
+def windows_of(input_ids: list[int], window: int, stride: int, given: int = 1) -> Iterator[Window]:
+    """The windows of one document; together they score every token but the first `given` ones, each once."""
+    ready = given
     start = 0
     while ready < len(input_ids):
         end = min(start + window, len(input_ids))
-        yield Window(input_ids[start:end], end - ready)
-        ready, start = end, start + stride
+        if end > ready:  # more tokens can be given than one window holds
+            yield Window(input_ids[start:end], end - ready)
+            ready = end
+        start += stride
 
 
-def read_document(tokenizer: Any, text: str) -> tuple[list[int], int]:
-    """A text's tokens, after the tokenizer's begin token, and the bytes of the tokens that are scored.
+def read_document(tokenizer: Any, text: str) -> tuple[list[int], int, int]:
+    """A text's tokens, after the tokenizer's begin token; how many are given, and the bytes of the others.
 
-    Without a begin token nothing predicts the text's first token, so neither it nor its bytes count.
+    Without a begin token nothing predicts the text's first token, so neither it nor its bytes count. Where it is only
+    a part of a character, the tokens of the rest do not count either: a part has no bytes of its own in a text.
     """
     tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     size = len(text.encode("utf-8"))
     if tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id, *tokens], size
-    return tokens, size - len(tokenizer.decode(tokens[:1]).encode("utf-8"))
+        return [tokenizer.bos_token_id, *tokens], 1, size
+    given = 1 if UNREADABLE in text else whole_characters(tokenizer, tokens)
+    return tokens, given, max(0, size - len(tokenizer.decode(tokens[:given]).encode("utf-8")))
+
+
+def whole_characters(tokenizer: Any, tokens: list[int]) -> int:
+    """The length of the shortest beginning that decodes to whole characters; 1 where there is none nearby."""
+    lengths = range(1, min(len(tokens), FURTHEST) + 1)
+    return next((length for length in lengths if UNREADABLE not in tokenizer.decode(tokens[:length])), 1)
 
 
 def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
@@ -108,8 +120,8 @@ def evaluate(
         and "stride".
 
     Raises:
-        ValueError: a model that sees the future, a window longer than the positions or shorter than the stride, or no
-            text to score.
+        ValueError: a model that sees the future, a window longer than the positions or shorter than the stride, a
+            tokenizer of another vocabulary, no text to score, or a loss that is not finite.
     """
     window, stride = checked_window(model.config, window, stride)
     if batch_size < 1:
@@ -118,11 +130,12 @@ def evaluate(
 
     def all_windows() -> Iterator[Window]:
         for text in texts:
-            input_ids, size = read_document(tokenizer, text) if text else ([], 0)
-            if len(input_ids) > 1:
+            input_ids, given, size = read_document(tokenizer, text) if text else ([], 1, 0)
+            if len(input_ids) > given and size:
+                refuse_large_ids(input_ids, model.config)
                 counted["documents"] += 1
                 counted["bytes"] += size
-                yield from windows_of(input_ids, window, stride)
+                yield from windows_of(input_ids, window, stride, given)
 
     was_training = model.training
     model.eval()
@@ -130,6 +143,8 @@ def evaluate(
     try:
         for batch in batches(all_windows(), batch_size):
             total += batch_loss(model, batch)
+            if not math.isfinite(total):
+                raise ValueError(f"loss is not finite ({total}): the model's numbers overflow; try dtype float32")
             scored = sum(item.scored for item in batch)
             counted["tokens"] += scored
             progress(scored)
@@ -146,6 +161,16 @@ def evaluate(
         "window": window,
         "stride": stride,
     }
+
+
+def refuse_large_ids(input_ids: list[int], config: Any) -> None:
+    """Refuses token ids that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and max(input_ids) >= size:
+        raise ValueError(
+            f"tokenizer gives the token id {max(input_ids)}, but the model's vocab_size is {size}; "
+            "use the model's own tokenizer"
+        )
 
 
 def checked_window(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:

@@ -441,3 +441,9 @@ def test_model_of_our_own_is_exported_from_a_folder(tmp_path):
     assert type(exported).__name__ == "LlamaForCausalLM"
     ids = random_ids(1, 9)
     assert relative_error(exported(ids).logits, model(ids).logits) < 2e-5
+
+
+def test_the_code_of_our_tokenizer_travels_along(native, tmp_path):
+    groupformer.GroupFormerTokenizer().save_pretrained(native)
+    import_folder(native, tmp_path / "ours")
+    assert (tmp_path / "ours" / "tokenization_groupformer.py").exists()

@@ -69,6 +69,37 @@ def test_without_a_begin_token_the_first_token_and_its_bytes_do_not_count(model,
     assert results["bytes"] == len("The river") - len(bare.decode(tokens[:1]))
 
 
+def test_without_a_begin_token_a_first_character_of_several_tokens_does_not_count(model):
+    bare = GroupFormerTokenizer()
+    bare.bos_token = None
+    text = "河 and river"
+    tokens = bare(text, add_special_tokens=False)["input_ids"]
+    given = next(count for count in range(1, 9) if bare.decode(tokens[:count]) == "河")
+    assert given > 1
+    results = evaluate(model, bare, [text], window=2)
+    assert (results["tokens"], results["bytes"]) == (len(tokens) - given, len(" and river"))
+
+
+@pytest.mark.parametrize("text", ["河", "\ufffd"])
+def test_a_text_that_is_its_first_character_holds_nothing_to_score(model, text):
+    bare = GroupFormerTokenizer()
+    bare.bos_token = None
+    with pytest.raises(ValueError, match="texts hold nothing to score"):
+        evaluate(model, bare, [text])
+
+
+def test_a_loss_that_is_not_finite_is_refused(tokenizer):
+    model = GroupFormerForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=1))
+    torch.nn.init.constant_(model.lm_head.weight, float("inf"))
+    with pytest.raises(ValueError, match=r"loss is not finite \(nan\).*try dtype float32"):
+        evaluate(model, tokenizer, TEXTS)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"token id \d+, but the model's vocab_size is 99"):
+        evaluate(GroupFormerForCausalLM(tiny_config()), tokenizer, TEXTS)
+
+
 def test_batches_do_not_change_the_result(model, tokenizer):
     losses = [evaluate(model, tokenizer, TEXTS, window=8, batch_size=size)["loss"] for size in (1, 2, 16)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

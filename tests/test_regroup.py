@@ -3,6 +3,7 @@ refused before any work."""
 
 import copy
 
+import numpy
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from groupformer import (
     GroupFormerForTokenClassification,
     GroupFormerModel,
 )
-from groupformer.regrouping import ModelLayer
+from groupformer.regrouping import ModelLayer, check_finite, rebuilt
 from groupformer.regrouping.grouping import GROUPINGS, similar
 from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.request import Request
@@ -321,6 +322,9 @@ REFUSALS = {
     ),
     "shape": (dict(num_key_value_heads=2, calibration=random_ids(1, 99)[0]), "LongTensor (batch, seq)"),
     "floats": (dict(num_key_value_heads=2, calibration=torch.rand(9, 9)), "LongTensor (batch, seq)"),
+    "short_integers": (dict(num_key_value_heads=2, calibration=IDS.to(torch.int16)), "dtype torch.int16"),
+    "numpy_float": (dict(num_key_value_heads=numpy.float64(2)), "must be a number"),
+    "bool": (dict(num_key_value_heads=True), "num_key_value_heads (True) must be a number"),
     "vocabulary": (dict(num_key_value_heads=2, calibration=torch.full((9, 9), 99)), "vocab_size is 99"),
 }
 
@@ -353,3 +357,58 @@ def test_long_calibration_rows_are_refused_with_learned_positions():
 def test_native_models_are_sent_to_the_bridge():
     with pytest.raises(TypeError, match="groupformer.import_model"):
         groupformer.regroup(torch.nn.Linear(2, 2), 2)
+
+
+def test_an_adapter_is_refused_by_its_tensors():
+    from peft import LoraConfig
+
+    model = randomize(GroupFormerForCausalLM(tiny_config()))
+    model.add_adapter(LoraConfig(target_modules=["gate_proj"]))
+    with pytest.raises(ValueError, match="model holds model.layers.0.mlp.gate_proj.base_layer.weight, no tensor of"):
+        groupformer.regroup(model, 2)
+
+
+def test_quantized_weights_are_refused():
+    model = randomize(GroupFormerForCausalLM(tiny_config()))
+    weight = torch.zeros(32, 32, dtype=torch.int8)
+    model.model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"q_proj.weight is \(32, 32\) in torch.int8, .* regroup before quantizing"):
+        groupformer.regroup(model, 2)
+
+
+def test_a_layer_without_its_weights_is_refused():
+    model = randomize(GroupFormerForCausalLM(tiny_config()))
+    model.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="model lacks model.layers.1.mlp.up_proj.weight"):
+        groupformer.regroup(model, 2)
+
+
+def test_a_tensor_that_was_not_loaded_is_an_error():
+    model = randomize(GroupFormerForCausalLM(tiny_config()))
+    state_dict = {name: tensor for name, tensor in model.state_dict().items() if "up_proj" not in name}
+    with pytest.raises(RuntimeError, match="up_proj"):
+        rebuilt(model, [4, 4], state_dict)
+
+
+def test_untied_heads_and_heads_for_classes_are_no_strangers():
+    untied = randomize(GroupFormerForCausalLM(tiny_config(tie_word_embeddings=False)))
+    assert torch.equal(groupformer.regroup(untied, 2).lm_head.weight, untied.lm_head.weight)
+    classifier = randomize(GroupFormerForSequenceClassification(tiny_config(num_labels=5)))
+    assert torch.equal(groupformer.regroup(classifier, 2).score.weight, classifier.score.weight)
+
+
+@pytest.mark.parametrize("wanted", [numpy.int64(2), {numpy.int32(0): numpy.int64(2), 1: 2}], ids=["one", "by layer"])
+def test_whole_numbers_of_numpy_are_counts(wanted):
+    config = groupformer.regroup(randomize(GroupFormerForCausalLM(tiny_config())), wanted).config
+    assert type(config.num_key_value_heads) is int and config.num_key_value_heads == 2
+
+
+def test_calibration_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"calibration \(list\) is no tensor; give token ids"):
+        groupformer.regroup(randomize(GroupFormerForCausalLM(tiny_config())), 2, calibration=[[1, 2]])
+
+
+def test_float8_is_checked_too():
+    check_finite("weight", torch.ones(2).to(torch.float8_e4m3fn), "model")
+    with pytest.raises(ValueError, match="weight holds numbers that are not finite"):
+        check_finite("weight", torch.full((2,), float("nan")).to(torch.float8_e4m3fn), "model")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerModel, GroupFormerTokenizer
 from groupformer.cli import app
+from groupformer.commands.regrouping import wanted_heads
 from groupformer.regrouping.streaming import regroup_folder
 
 from .helpers import random_ids, randomize, tiny_config
@@ -89,6 +90,27 @@ def test_the_command_brings_tokenizer_and_generation_config_along(tmp_path):
     assert GenerationConfig.from_pretrained(target).max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(target).get_vocab() == tokenizer.get_vocab()
     assert (target / "modeling_groupformer.py").exists()
+    assert (target / "tokenization_groupformer.py").exists()  # which tokenizer_config.json names
+
+
+def test_the_command_takes_counts_by_layer(tmp_path, folder):
+    outcome = CliRunner().invoke(app, ["regroup", str(folder), str(tmp_path / "new"), "--kv-heads", "1:2"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "key-value heads: 4, 2 by layer" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("two", "--kv-heads ('two') must be a whole number, counts by layer such as 0:4,1:1, or auto"),
+        ("0:4,1", "--kv-heads ('0:4,1') must be a whole number, counts by layer"),
+        ("0:4,0:2", "--kv-heads ('0:4,0:2') names layer 0 twice"),
+    ],
+)
+def test_other_words_for_counts_are_refused(text, message):
+    with pytest.raises(ValueError) as refusal:
+        wanted_heads(text)
+    assert message in str(refusal.value)
 
 
 # Refusals: nothing is written, nothing that existed is touched ------------------------------------------------------
@@ -131,6 +153,26 @@ def test_existing_targets_need_overwrite(tmp_path, folder):
         regroup_folder(folder, tmp_path / "new", 2)
     regroup_folder(folder, tmp_path / "new", 2, overwrite=True)
     assert (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.parametrize("leads", ["to a folder", "nowhere"])
+def test_a_target_that_is_a_link_is_refused(tmp_path, folder, leads):
+    if leads == "to a folder":
+        (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(ValueError, match="is a link; name the folder itself"):
+        regroup_folder(folder, tmp_path / "link", 2, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_folders_made_for_a_target_go_with_it(tmp_path, folder):
+    def broken(*progress):
+        raise OSError("the disk is full")
+
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="the disk is full"):
+        regroup_folder(folder, tmp_path / "mine" / "a" / "b" / "new", 2, progress=broken)
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_missing_tensors_are_refused_by_name(tmp_path, folder):

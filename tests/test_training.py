@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from groupformer import GroupFormerForCausalLM, GroupFormerForSequenceClassification, GroupFormerTokenizer
-from groupformer.training.data import collate_flat, pack
+from groupformer.training.data import collate_flat, expand, pack, read_column
 from groupformer.training.finetuning import FinetuneRecipe, finetune
 from groupformer.training.pretraining import PretrainRecipe, pretrain
+from groupformer.training.run import prepare_output
 
 from .flash_stand_in import flash_attention_on_cpu  # noqa: F401
 from .helpers import randomize, tiny_config
@@ -385,3 +386,45 @@ def test_trls_dpo_trainer_widens_the_margin_of_what_is_preferred(tmp_path):
     input_ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         torch.testing.assert_close(saved(input_ids).logits, trainer.model.eval()(input_ids).logits, atol=0, rtol=0)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_may_stand_in_any_part_of_a_path(tmp_path):
+    for name in ("b/1/text.txt", "a/2/text.txt", "a/text.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert expand([tmp_path / "*" / "*" / "text.txt"]) == [tmp_path / "a/2/text.txt", tmp_path / "b/1/text.txt"]
+    assert len(expand([tmp_path / "**" / "*.txt"])) == 3
+    with pytest.raises(ValueError, match="is not there"):
+        expand([tmp_path / "*"])  # folders alone
+
+
+def test_brackets_in_a_folders_name_are_taken_as_they_are(tmp_path):
+    (tmp_path / "set[1]").mkdir()
+    (tmp_path / "set[1]" / "text.txt").write_text("text")
+    assert expand([tmp_path / "set[1]" / "*.txt"]) == [tmp_path / "set[1]" / "text.txt"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"text": "one"}, {"text": None}], "column ('text') has rows without text; remove them"),
+        ([{"text": 1}, {"text": 2}], "not text; choose a column of text"),
+    ],
+    ids=["null", "numbers"],
+)
+def test_a_column_that_is_not_all_text_is_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError) as refusal:
+        read_column(write_rows(tmp_path / "rows.jsonl", rows))
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_an_output_that_is_the_model_to_start_from_is_refused(tmp_path, options):
+    (tmp_path / "config.json").write_text("{}")
+    flags = {"resume": False, "overwrite": False, **options}
+    with pytest.raises(ValueError, match="is, or lies inside, .*, which is read; choose another folder"):
+        prepare_output(tmp_path, inputs=[str(tmp_path)], **flags)
+    prepare_output(tmp_path / "tuned", inputs=[str(tmp_path)], **flags)  # loses nothing

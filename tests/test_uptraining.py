@@ -1,18 +1,23 @@
 """Uptraining: the loss is what it says, a regrouped model wins back what the merge lost, runs resume."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.cli import app
 from groupformer.regrouping import uptraining
-from groupformer.regrouping.uptraining import DistillationLoss, UptrainRecipe, uptrain
+from groupformer.regrouping.readiness import refuse_leaking
+from groupformer.regrouping.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
 
 from .helpers import randomize, tiny_config
+from .helpers_families import native_model
 
 
 TEXT = "The river rises in the hills and runs to the sea. Its water is cold, and fish live in it. " * 30
@@ -113,12 +118,42 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(folders, tmp_path):
     assert [point["tokens"] for point in resumed["curve"]] == [point["tokens"] for point in whole["curve"]]
 
 
+def test_every_step_is_full_where_data_are_repeated(folders, tmp_path, monkeypatch):
+    seen = []
+    compute_loss = uptraining.DistillationTrainer.compute_loss
+
+    def counting(self, model, inputs, *args, **kwargs):
+        if model.training:
+            seen.append(inputs["input_ids"].numel())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(uptraining.DistillationTrainer, "compute_loss", counting)
+    rows, _ = load_rows(recipe(folders, tokens=16), GroupFormerTokenizer())
+    plan = recipe(folders, batch_size=len(rows) - 1, tokens=16 * 3 * (len(rows) - 1))
+    results = uptrain(plan, tmp_path / "out")
+    assert seen == [16 * (len(rows) - 1)] * 3
+    assert results["tokens"] == sum(seen)
+
+
+def test_rows_that_are_enough_stay_as_they_are(folders):
+    few, many = (load_rows(recipe(folders, tokens=tokens), GroupFormerTokenizer())[0] for tokens in (32, 16 * 1000))
+    assert len(few) < len(many) == 1000
+    assert many["input_ids"][: len(few)] == many["input_ids"][len(few) : 2 * len(few)] == few["input_ids"][:]
+
+
+@pytest.mark.parametrize("steps, evaluations, every", [(10, 4, 3), (10, 10, 1), (19, 10, 2), (3, 10, 1)])
+def test_there_are_no_more_evaluations_than_were_asked_for(folders, tmp_path, steps, evaluations, every):
+    plan = recipe(folders, tokens=32 * steps, evaluations=evaluations)
+    assert uptraining.training_arguments(plan, tmp_path, resumed=False).eval_steps == every
+
+
 REFUSALS = {
     "no_teacher": (dict(teacher=None), "teacher (None) is needed with kl_weight (1.0)"),
     "nothing_to_learn": (dict(kl_weight=0, ce_weight=0), "leave nothing to learn from"),
     "negative": (dict(kl_weight=-1), "kl_weight (-1) must be at least 0"),
     "temperature": (dict(temperature=0), "temperature (0) must be above 0"),
     "tokens": (dict(tokens=0), "tokens (0) must be at least 1"),
+    "no_learning": (dict(learning_rate=0), "learning_rate (0) must be above 0"),
     "long_rows": (dict(row_length=65), "row_length (65) is longer than max_position_embeddings (64) of model"),
     "missing_file": (dict(train_files=["no/such.txt"]), "file (no/such.txt) is not there"),
 }
@@ -137,6 +172,108 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path):
     GroupFormerForCausalLM(tiny_config(vocab_size=50)).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="teacher has vocab_size 50, but model has 16384"):
         uptrain(recipe(folders, teacher=str(tmp_path / "other")), tmp_path / "out")
+
+
+# What would go wrong unseen ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, option", [("bloom", "four heads"), ("falcon", "one key head"), ("mpt", "four heads"), ("opt", "biases")]
+)
+def test_a_model_in_which_packed_documents_see_each_other_is_refused(name, option):
+    with pytest.raises(ValueError) as refusal:
+        refuse_leaking("teacher", "here", native_model(name, option))
+    message = f"teacher (here) is a '{name}', in which packed documents see each other; import it first"
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name, option", [("llama", "all biases"), ("gpt2", "odd heads")])
+def test_a_model_that_reads_positions_may_teach(name, option):
+    refuse_leaking("teacher", "here", native_model(name, option))
+
+
+def native(tmp_path, config_class, **fields) -> str:
+    """The folder of a small native model with our vocabulary."""
+    tokenizer = GroupFormerTokenizer()
+    config = config_class(vocab_size=len(tokenizer), **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "native")
+    tokenizer.save_pretrained(tmp_path / "native")
+    return str(tmp_path / "native")
+
+
+def test_a_leaking_teacher_is_refused_before_anything_is_written(folders, tmp_path):
+    teacher = native(tmp_path, transformers.BloomConfig, hidden_size=8, n_layer=1, n_head=1)
+    with pytest.raises(ValueError, match="is a 'bloom', in which packed documents see each other"):
+        uptrain(recipe(folders, teacher=teacher), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_projections_that_a_model_has_not_are_refused_and_the_last_run_stays(folders, tmp_path):
+    model = native(tmp_path, transformers.GPT2Config, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="is a 'gpt2' without q_proj, k_proj, v_proj, o_proj; import it first"):
+        uptrain(recipe(folders, model=model, lora=True), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "precious.txt").exists()
+
+
+def test_a_run_that_cannot_start_leaves_the_one_that_it_would_replace(folders, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep me")
+    monkeypatch.setattr(uptraining, "TrainingArguments", lambda **fields: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        uptrain(recipe(folders), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("source", ["regrouped", "original", "original/inside"])
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=["", "resume", "overwrite"])
+def test_an_output_that_is_or_lies_in_a_source_is_refused(folders, source, options):
+    before = (folders / source.split("/")[0] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is, or lies inside, .*, which is read; choose another folder"):
+        uptrain(recipe(folders), folders / source, **options)
+    assert (folders / source.split("/")[0] / "model.safetensors").read_bytes() == before
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_is_refused_before_anything_is_written(folders, tmp_path):
+    small = GroupFormerForCausalLM(tiny_config(vocab_size=100, num_hidden_layers=1))
+    small.save_pretrained(tmp_path / "small")
+    alone = recipe(
+        folders, model=str(tmp_path / "small"), tokenizer=str(folders / "original"), teacher=None, kl_weight=0
+    )
+    with pytest.raises(ValueError, match=r"tokenizer gives the training text token ids up to \d+, but .* 100"):
+        uptrain(alone, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_whose_tokenizer_numbers_tokens_otherwise_is_refused(folders, tmp_path):
+    shutil.copytree(folders / "original", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    one, two = list(vocab)[-2:]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="gives the token .* the id .*; distillation needs one vocabulary"):
+        uptrain(recipe(folders, teacher=str(tmp_path / "teacher")), tmp_path / "out")
+
+
+def test_a_run_resumes_with_more_tokens_but_not_with_other_adapters(folders, tmp_path):
+    plan = dict(lora=True, lora_rank=2, evaluations=1)
+    uptrain(recipe(folders, tokens=16 * 4, **plan), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["lora_rank"] == 2
+    with pytest.raises(ValueError, match=r"lora_rank \(4\) was 2 in the run"):
+        uptrain(recipe(folders, **{**plan, "lora_rank": 4}), tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match=r"lora \(False\) was True in the run"):
+        uptrain(recipe(folders, **{**plan, "lora": False}), tmp_path / "out", resume=True)
+    assert uptrain(recipe(folders, tokens=16 * 8, **plan), tmp_path / "out", resume=True)["tokens"] == 16 * 8
+
+
+def test_a_run_without_a_record_of_its_settings_resumes(folders, tmp_path):
+    uptrain(recipe(folders, tokens=16 * 4, evaluations=1), tmp_path / "out")
+    (tmp_path / "out" / "recipe.json").unlink()
+    assert uptrain(recipe(folders, tokens=16 * 8, evaluations=1), tmp_path / "out", resume=True)["steps"] == 4
+    assert not (tmp_path / "out" / "recipe.json").exists()
 
 
 def test_the_command_prints_the_curve_as_json(folders, tmp_path):

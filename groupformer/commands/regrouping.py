@@ -1,5 +1,6 @@
 """`groupformer regroup` and `groupformer uptrain`: fewer key-value heads, and what they lost won back."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def add_commands(app: typer.Typer) -> None:
 def regroup_command(
     source: Source,
     target: Target,
-    kv_heads: Annotated[str, typer.Option(help="New number of key-value heads in every layer; or auto.")],
+    kv_heads: Annotated[str, typer.Option(help="New number of key-value heads; or by layer, e.g. 0:4,1:1; or auto.")],
     budget: Annotated[float | None, typer.Option(help="With auto: the share of the present cache to keep.")] = None,
     method: Annotated[str, typer.Option(help="first, random, mean, aligned or svd.")] = "svd",
     grouping: Annotated[
@@ -61,7 +62,7 @@ def regroup_command(
         config = regroup_folder(
             source,
             target,
-            "auto" if kv_heads == "auto" else whole_number("kv-heads", kv_heads),
+            wanted_heads(kv_heads),
             method=method,
             grouping=grouping,
             calibration=calibration_reader(calibration, text_column, calibration_tokens) if calibration else None,
@@ -76,15 +77,24 @@ def regroup_command(
     typer.echo(f"{target}: {config.num_attention_heads} query heads, key-value heads: {shown}")
 
 
-def whole_number(name: str, text: str) -> int:
-    """The number that an option holds.
+def wanted_heads(text: str) -> int | str | dict[int, int]:
+    """What --kv-heads asks for: a count, counts by layer ("0:4,1:1"), or "auto".
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: something else, or a layer that is named twice.
     """
-    if not text.lstrip("-").isdecimal():
-        raise ValueError(f"--{name} ({text!r}) must be a whole number or auto")
-    return int(text)
+    if text == "auto":
+        return text
+    if re.fullmatch(r"-?[0-9]+", text):
+        return int(text)
+    if not re.fullmatch(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", text):
+        raise ValueError(f"--kv-heads ({text!r}) must be a whole number, counts by layer such as 0:4,1:1, or auto")
+    pairs = [(int(layer), int(count)) for layer, count in (pair.split(":") for pair in text.split(","))]
+    layers = [layer for layer, _ in pairs]
+    twice = [layer for layer in layers if layers.count(layer) > 1]
+    if twice:
+        raise ValueError(f"--kv-heads ({text!r}) names layer {twice[0]} twice; name it once")
+    return dict(pairs)
 
 
 def calibration_reader(files: list[str], text_column: str, tokens: int) -> Any:

@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from .. import tokenization_groupformer
 from ..configuration_groupformer import GroupFormerConfig
 from .checkpoint import (
     Advance,
@@ -154,6 +155,7 @@ def import_folder(
         write_our_code(conversion, folder)
         conversion.our_config.save_pretrained(folder)
         copy_companions(source_folder, folder)
+        write_tokenizer_code(folder)
     return conversion
 
 
@@ -192,6 +194,8 @@ def export_folder(
 
 def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuses a target that would lose something, before any work is done."""
+    if target.is_symlink():  # also one that leads nowhere; replaced, it would part from what it names
+        raise ValueError(f"the target ({target}) is a link; name the folder itself, or choose another")
     if target.resolve() == source.resolve() or source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"the target ({target}) is, or holds, the source ({source}); choose another folder")
     if target.exists() and not target.is_dir():
@@ -202,12 +206,15 @@ def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its name when all went well, and disappears when not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A fresh folder beside the target that takes its name when all went well, and disappears when not.
+
+    So do the folders above it that were made for it.
+    """
+    made = [parent for parent in target.parents if not parent.exists()]  # the innermost first
     unique = uuid.uuid4().hex[:8]
     aside, old = (target.with_name(f".{target.name}.{unique}.{word}") for word in ("partial", "old"))
-    aside.mkdir()
     try:
+        aside.mkdir(parents=True)
         yield aside
         if target.exists():
             target.rename(old)
@@ -216,6 +223,9 @@ def written_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists():
             old.rename(target)
+        for parent in made:
+            with suppress(OSError):  # something else came to lie in it, or it was never made
+                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -287,6 +297,17 @@ def write_our_code(conversion: Conversion, folder: Path) -> None:
     with torch.device("meta"):
         model = conversion.model_class(conversion.our_config)
     custom_object_save(model, str(folder))
+
+
+def write_tokenizer_code(folder: Path) -> None:
+    """The code of our tokenizer, where the folder's tokenizer_config.json tells `trust_remote_code` to look for it."""
+    path = folder / "tokenizer_config.json"
+    named = (read_json(path).get("auto_map") or {}).get("AutoTokenizer") if path.exists() else None
+    code = Path(tokenization_groupformer.__file__)
+    # One class, or a slow and a fast one; where a repository's name comes first, the code lies there.
+    classes = named if isinstance(named, list) else [named]
+    if any(str(each).startswith(f"{code.stem}.") for each in classes):
+        shutil.copyfile(code, folder / code.name)
 
 
 def name_tokenizer(conversion: Conversion, source: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers.initialization import no_init_weights
 
+from ..families.weights import shapes_of
 from ..modeling_groupformer import GroupFormerPreTrainedModel
 from .moments import Moment, check_calibration, measure_moments, moment_from_norm
 from .request import Request, regrouped_config
@@ -51,13 +52,15 @@ def regroup(
 
     Raises:
         ValueError: a count that does not divide, an unknown method or grouping, calibration that is no token ids or
-            too short, weights that are not finite; the message names the field, the value and the remedy.
-        TypeError: not a GroupFormer model.
+            too short, weights that are not finite, an adapter or replaced or quantized layers; the message names the
+            field, the value and the remedy.
+        TypeError: not a GroupFormer model, or calibration that is no tensor.
     """
     if not isinstance(model, GroupFormerPreTrainedModel):
         raise TypeError(
             f"model ({type(model).__name__}) is not a GroupFormer; turn it into one with groupformer.import_model"
         )
+    refuse_other_layers(model)
     request = Request.checked(model.config, num_key_value_heads, method, grouping, budget, seed)
     if calibration is not None:
         check_calibration(calibration, model.config)
@@ -101,24 +104,63 @@ class ModelLayer:
         return moment_from_norm(self.config, weights)
 
 
+def refuse_other_layers(model: GroupFormerPreTrainedModel) -> None:
+    """Refuses a model whose tensors are not those of its class by its config.
+
+    Adapters and quantizers replace layers in place. A model built anew from the config has the plain ones, and nothing
+    would fill those whose names or shapes differ.
+
+    Raises:
+        ValueError: a tensor that is unknown, missing, of another shape, or of whole numbers, by name.
+    """
+    # A copy: a model may settle its config's attention backend while it is built.
+    expected = shapes_of(type(model), copy.deepcopy(model.config))
+    kind, remedy = type(model).__name__, "merge or remove the adapter first, and regroup before quantizing"
+    state_dict = model.state_dict()
+    for name, tensor in state_dict.items():
+        if name not in expected and not is_tied(model, name):
+            raise ValueError(f"model holds {name}, no tensor of {kind} by its config; {remedy}")
+        shape = expected.get(name, tensor.shape)
+        if tuple(tensor.shape) != tuple(shape) or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} in {tensor.dtype}"
+            raise ValueError(f"model: {name} is {found}, but {tuple(shape)} in floating point by its config; {remedy}")
+    missing = sorted(set(expected) - set(state_dict))
+    if missing:
+        raise ValueError(f"model lacks {missing[0]}, a tensor of {kind} by its config; {remedy}")
+
+
+def is_tied(model: GroupFormerPreTrainedModel, name: str) -> bool:
+    """Whether a tensor of this name is another one's, by the config."""
+    return bool(model.config.tie_word_embeddings) and name in (getattr(model, "_tied_weights_keys", None) or {})
+
+
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Refuses NaN and infinity: they would spread over whole layers."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch has no isfinite for float8
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{where}: {name} holds numbers that are not finite (NaN or infinity); repair the checkpoint")
 
 
 def rebuilt(model: Model, counts: list[int], state_dict: Mapping[str, torch.Tensor]) -> Model:
-    """A model like the old one with other counts and weights, sharing no storage with it."""
+    """A model like the old one with other counts and weights, sharing no storage with it.
+
+    Raises:
+        RuntimeError: the weights are not all and only those of the new model (an error of ours).
+    """
     config = regrouped_config(model.config, counts)
     with no_init_weights():
         new = type(model)(config)
-    tied = getattr(model, "_tied_weights_keys", None) or {}
     own = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
-        if not (config.tie_word_embeddings and name in tied)
+        if not is_tied(new, name)
     }
-    new.load_state_dict(own, strict=False, assign=True)
+    report = new.load_state_dict(own, strict=False, assign=True)
+    # What was not loaded would be memory that nobody initialised.
+    wrong = [*report.unexpected_keys, *(name for name in report.missing_keys if not is_tied(new, name))]
+    if wrong:
+        raise RuntimeError(f"regrouping left {', '.join(wrong[:3])} over or out; please report this")
     new.tie_weights()
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)

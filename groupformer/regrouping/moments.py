@@ -65,10 +65,15 @@ def check_calibration(calibration: torch.Tensor, config: GroupFormerConfig) -> N
     """Refuses calibration that is not token ids, or too short to tell the inputs' directions.
 
     Raises:
+        TypeError: no tensor.
         ValueError: wrong shape or dtype, ids outside the vocabulary, rows longer than the positions, or fewer tokens
             than hidden_size.
     """
-    if calibration.ndim != 2 or calibration.is_floating_point() or calibration.dtype == torch.bool:
+    if not isinstance(calibration, torch.Tensor):
+        raise TypeError(
+            f"calibration ({type(calibration).__name__}) is no tensor; give token ids, a LongTensor (batch, seq)"
+        )
+    if calibration.ndim != 2 or calibration.dtype not in (torch.int32, torch.int64):  # those that embeddings take
         raise ValueError(
             f"calibration has shape {tuple(calibration.shape)} and dtype {calibration.dtype}; "
             "give token ids, a LongTensor (batch, seq)"

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -106,7 +107,7 @@ def wanted_counts(config: GroupFormerConfig, wanted: int | str | Mapping[int, in
         counts = [wanted] * len(present)
     for layer_idx, (count, now) in enumerate(zip(counts, present)):
         where = f" in layer {layer_idx}" if isinstance(wanted, Mapping) or config.is_heterogeneous else ""
-        if isinstance(count, bool) or not isinstance(count, int):
+        if isinstance(count, bool) or not isinstance(count, Integral):  # NumPy's whole numbers are some, too
             raise ValueError(
                 f"num_key_value_heads ({count!r}){where} must be a number, a mapping of layers to numbers, or 'auto'"
             )
@@ -120,7 +121,7 @@ def wanted_counts(config: GroupFormerConfig, wanted: int | str | Mapping[int, in
                 f"num_key_value_heads ({count}){where} must divide the {now} there are; "
                 f"choose {choices(divisors(now))}"
             )
-    return counts
+    return [int(count) for count in counts]
 
 
 def regrouped_config(config: GroupFormerConfig, counts: list[int]) -> GroupFormerConfig:

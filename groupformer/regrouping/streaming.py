@@ -27,6 +27,7 @@ from ..families.folders import (
     local_folder,
     read_json,
     refuse_target,
+    write_tokenizer_code,
     written_aside,
 )
 from ..families.weights import KINDS, kind_of, refuse_other_tensors, shapes_of
@@ -90,6 +91,7 @@ def regroup_folder(
         with torch.device("meta"):
             custom_object_save(checkpoint.model_class(config), str(aside))
         copy_companions(folder, aside)
+        write_tokenizer_code(aside)
     return config
 
 

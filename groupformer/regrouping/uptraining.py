@@ -21,14 +21,23 @@ from ..loading import load_checked
 from ..training.data import expand, load_files, tokenize_and_pack
 from ..training.pretraining import PackedTrainer, bytes_per_token, packed_collator
 from ..training.recipes import hardware_arguments
-from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output
+from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output, refuse_output_in
+from .readiness import (
+    ATTENTION_MODULES,
+    keep_settings,
+    refuse_large_ids,
+    refuse_leaking,
+    refuse_no_projections,
+    refuse_other_settings,
+    refuse_other_vocabulary,
+    settings_of,
+)
 
 
 IGNORED = -100
 # Logits at a time: 16 MiB in float32 on a CPU, which the next chunk gets again without a page fault. A GPU gets more
 # work in each launch.
 CHUNK_SIZE, GPU_CHUNK_SIZE = 2**22, 2**26
-ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed
 
 
 @dataclass
@@ -90,8 +99,10 @@ class UptrainRecipe:
         for name in ("kl_weight", "ce_weight", "weight_decay", "warmup_ratio"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0")
+        for name in ("temperature", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} ({value}) must be above 0, and finite")
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ValueError("kl_weight (0) and ce_weight (0) leave nothing to learn from; set one above 0")
         if self.kl_weight > 0 and self.teacher is None:
@@ -187,7 +198,8 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
     """The student in float32, the teacher or `None`, and the dtype of the student's checkpoint.
 
     Raises:
-        ValueError: a bidirectional student, another vocabulary, or rows that are longer than the positions.
+        ValueError: a bidirectional student, another vocabulary, rows that are longer than the positions, a model in
+            which packed documents see each other, or one that has not the projections that adapters train.
     """
     configs = {
         name: AutoConfig.from_pretrained(source)
@@ -213,7 +225,24 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
     teacher: Any = None
     if recipe.teacher is not None and "teacher" in configs:
         teacher = load_checked(AutoModelForCausalLM, recipe.teacher, dtype="auto").requires_grad_(False)
+    refuse_leaking("model", recipe.model, student)
+    if teacher is not None:
+        refuse_leaking("teacher", str(recipe.teacher), teacher)
+    if recipe.lora:
+        refuse_no_projections(recipe.model, student)
     return student, teacher, configs["model"].dtype
+
+
+def load_tokenizer(recipe: UptrainRecipe) -> Any:
+    """The recipe's tokenizer, or the model's.
+
+    Raises:
+        ValueError: the teacher's gives tokens other ids.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    if recipe.teacher is not None and recipe.kl_weight:
+        refuse_other_vocabulary(recipe.teacher, tokenizer)
+    return tokenizer
 
 
 def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
@@ -229,25 +258,34 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     else:
         held_out = range(0, len(rows), 20)
         validation = rows.select(held_out)
-        rows = rows.select(index for index in range(len(rows)) if index % 20)
+        rows = rows.select([index for index in range(len(rows)) if index % 20])
     for name, split in (("training", rows), ("validation", validation)):
         if not len(split):
             raise ValueError(
                 f"row_length ({recipe.row_length}) leaves no row of {name} text; choose shorter rows or give more text"
             )
-    return rows, validation
+    return enough(rows, recipe), validation
+
+
+def enough(rows: Any, recipe: UptrainRecipe) -> Any:
+    """The rows, repeated where they are fewer than the steps read.
+
+    Trainer would end each pass over them with a batch that is not full, and see fewer tokens than it was asked to.
+    """
+    needed = recipe.steps * recipe.batch_size * recipe.gradient_accumulation_steps
+    return rows if len(rows) >= needed else rows.select([index % len(rows) for index in range(needed)])
 
 
 def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> TrainingArguments:
     """The recipe in Trainer's words."""
-    every = max(1, recipe.steps // recipe.evaluations)
+    every = math.ceil(recipe.steps / recipe.evaluations)  # rounded up: no more evaluations than were asked for
     return TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate or (1e-3 if recipe.lora else 5e-4),
+        learning_rate=recipe.learning_rate if recipe.learning_rate is not None else 1e-3 if recipe.lora else 5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup_ratio * recipe.steps),
         weight_decay=recipe.weight_decay,
@@ -297,24 +335,32 @@ def uptrain(
         from 0 on.
 
     Raises:
-        ValueError: a recipe that cannot be run, or an output folder that is not empty.
+        ValueError: a recipe that cannot be run, or an output folder that is not empty, is one of the inputs, or holds
+            a run of other settings. Nothing is written or deleted then.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
     output = Path(output)
+    sources = [source for source in (recipe.model, recipe.teacher) if source is not None]
+    refuse_output_in(output, sources)
     set_seed(recipe.seed)
     student, teacher, dtype = load_models(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    tokenizer = load_tokenizer(recipe)
     train_rows, validation_rows = load_rows(recipe, tokenizer)
-    inputs: list[str | Path] = [*expand([*recipe.train_files, *recipe.validation_files]), recipe.model]
-    if recipe.teacher is not None:
-        inputs.append(recipe.teacher)
-    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
+    for name, rows in (("training", train_rows), ("validation", validation_rows)):
+        refuse_large_ids(rows, name, tokenizer, student.config.get_text_config().vocab_size)
+    settings, checkpoint = settings_of(recipe, student), last_checkpoint(output) if resume else None
+    if checkpoint is not None:
+        refuse_other_settings(output, settings)
+    # Whatever can fail comes first: an output that is overwritten is gone.
     model = add_lora(student, recipe) if recipe.lora else student
-    checkpoint = last_checkpoint(output) if resume else None
+    arguments = training_arguments(recipe, output, resumed=checkpoint is not None)
+    inputs: list[str | Path] = [*expand([*recipe.train_files, *recipe.validation_files]), *sources]
+    inputs.append(recipe.tokenizer or recipe.model)
+    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
     on_interrupt = SaveOnInterrupt()
     trainer = DistillationTrainer(
         model=model,
-        args=training_arguments(recipe, output, resumed=checkpoint is not None),
+        args=arguments,
         train_dataset=train_rows.with_format("numpy"),
         eval_dataset=validation_rows.with_format("numpy"),
         data_collator=packed_collator(student),
@@ -324,6 +370,10 @@ def uptrain(
         teacher=teacher,
         recipe=recipe,
     )
+    if checkpoint is None:
+        trainer.accelerator.wait_for_everyone()  # a process that comes late would find the output not empty
+        if trainer.is_world_process_zero():
+            keep_settings(output, settings)
     with on_interrupt:
         trainer.train(resume_from_checkpoint=checkpoint)
     scores = trainer.evaluate()

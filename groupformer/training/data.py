@@ -1,5 +1,6 @@
 """Reading data files and packing documents into rows."""
 
+import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,16 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
 
 
 def expand(files: Iterable[str | Path]) -> list[Path]:
-    """The files that paths and glob patterns name, patterns sorted.
+    """The files that paths and glob patterns name, each pattern's sorted.
+
+    A pattern may stand in any part of a path; `**` goes through folders, however deep.
 
     Raises:
         ValueError: no file at all, or a path or pattern that matches no file.
     """
     paths: list[Path] = []
     for file in files:
-        pattern = Path(file)
-        found = [pattern] if pattern.is_file() else sorted(pattern.parent.glob(pattern.name))
+        found = [Path(file)] if Path(file).is_file() else matches(file)
         if not found:
             raise ValueError(f"file ({file}) is not there; check the path")
         paths += found
@@ -71,10 +73,21 @@ def expand(files: Iterable[str | Path]) -> list[Path]:
     return paths
 
 
+def matches(pattern: str | Path) -> list[Path]:
+    """The files that a pattern names; where there are none, its folder is taken as it is written, brackets and all."""
+    parts = Path(pattern)
+    as_written = str(Path(glob.escape(str(parts.parent)), parts.name))
+    for each in (str(pattern), as_written):
+        found = sorted(path for path in map(Path, glob.glob(each, recursive=True)) if path.is_file())
+        if found:
+            return found
+    return []
+
+
 def read_column(files: Iterable[str | Path], column: str = "text") -> list[str]:
-    """All texts of one column of the files, in order. Raises ValueError as `load_files` and `require_column` do."""
+    """All texts of one column of the files, in order. Raises ValueError as `load_files` and `require_text` do."""
     dataset = load_files(files)
-    require_column(dataset, column)
+    require_text(dataset, column)
     return list(dataset[column])
 
 

@@ -23,11 +23,13 @@ def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Itera
         inputs: Files and folders that the run reads, which are never deleted.
 
     Raises:
-        ValueError: the folder is not empty and neither `resume` nor `overwrite` is given, or it is a file, or emptying
-            it would delete an input or the folder that one works in.
+        ValueError: the folder is not empty and neither `resume` nor `overwrite` is given, or it is a file or one of
+            the inputs, or emptying it would delete an input or the folder that one works in.
     """
+    inputs = list(inputs)
     if output.is_file():
         raise ValueError(f"output ({output}) is a file; choose a folder")
+    refuse_output_in(output, [path for path in inputs if Path(path).resolve() == output.resolve()])
     if output.is_dir() and any(output.iterdir()):
         if overwrite and not resume:
             keep = [Path.cwd(), Path.home(), *(Path(path).resolve() for path in inputs)]
@@ -38,6 +40,17 @@ def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Itera
         elif not resume:
             raise ValueError(f"output ({output}) is not empty; choose another folder, or pass --resume or --overwrite")
     output.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_output_in(output: Path, sources: Iterable[str | Path]) -> None:
+    """Refuses an output that is a folder which the run reads, or lies inside one: its files would be written over.
+
+    Raises:
+        ValueError: such an output, whether it is to be resumed or not.
+    """
+    for source in map(Path, sources):
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"output ({output}) is, or lies inside, {source}, which is read; choose another folder")
 
 
 def last_checkpoint(output: Path) -> str | None:
