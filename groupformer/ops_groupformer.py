@@ -226,7 +226,7 @@ def multiply_by_gate(mlp: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Te
 
 NOTHING = torch.zeros((), device="cpu")  # to add to, where only a product with a number is wanted
 ROW_DTYPES = (torch.float32, torch.bfloat16)
-MANY_NUMBERS = 2**17  # fewer are in a core's cache anyway
+MANY_NUMBERS = 3 * 2**16  # fewer are in a core's cache anyway
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -272,3 +272,17 @@ def rms_norm_of_many_rows(hidden_states: torch.Tensor, weight: torch.Tensor, eps
     zeros = torch.zeros_like(mean_square)
     normed = torch.batch_norm(rows, None, None, zeros, mean_square, False, 0.0, eps, False)
     return normed.mul_(weight).view(hidden_states.shape)
+
+
+# Rotary positions ----------------------------------------------------------------------------------------------------
+
+
+def is_turned_in_place(x: torch.Tensor) -> bool:
+    """Whether rotary positions take less time where they write their products in place.
+
+    Always in float32, where it saves a quarter to a half; in bfloat16 only what fits a core's cache. Graphs must not
+    depend on sizes.
+    """
+    if x.dtype is torch.float32 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.dtype is torch.float32
+    return x.numel() < 2**20

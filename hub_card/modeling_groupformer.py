@@ -65,7 +65,7 @@ from .masking_groupformer import (
     look_up,
     running_mask_names,
 )
-from .ops_groupformer import build_linear, is_unwatched, multiply_by_gate, project, rms_norm
+from .ops_groupformer import build_linear, is_turned_in_place, is_unwatched, multiply_by_gate, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -164,14 +164,14 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns each pair `(x[j], x[j + d/2])` of heads (B, H or G, T, D) by its position's angle.
 
     `cos` and `sin` are (B, 1, T, d), the first half of the sines negative: they meet the halves of x in exchange.
-    Partial rotary (d below `D`) leaves the head's last features. In place is faster in float32, slower in bfloat16.
+    Partial rotary (d below `D`) leaves the head's last features as they are.
     """
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
         turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
         return torch.cat((turn(turned, cos, sin), kept), dim=-1)
     rolled = torch.roll(x, rotary_dim // 2, dims=-1)
-    return rolled.mul_(sin).addcmul_(x, cos) if x.dtype is torch.float32 else torch.addcmul(x * cos, rolled, sin)
+    return rolled.mul_(sin).addcmul_(x, cos) if is_turned_in_place(x) else torch.addcmul(x * cos, rolled, sin)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
