@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 import groupformer
 from groupformer import GroupFormerForCausalLM
 from groupformer.evaluation import evaluate
+from groupformer.regrouping.heads import AttentionHeads, Geometry
 from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.moments import calibration_from_texts
 from groupformer.regrouping.uptraining import UptrainRecipe, uptrain
@@ -163,6 +164,32 @@ def merge_part(study: Study) -> None:
         study.cell(lambda merge=merge: study.evaluate(regrouped(study, calibration, merge)), part="merge", **merge)
 
 
+def with_another_first(model: GroupFormerForCausalLM, kv_heads: int, head: int) -> GroupFormerForCausalLM:
+    """The same function, the heads of each group that is to become one turned until that number comes first."""
+    for layer_idx, layer in enumerate(model.model.layers):
+        tensors = {name: tensor.detach() for name, tensor in layer.self_attn.state_dict().items()}
+        heads = AttentionHeads.from_tensors(tensors, Geometry.of_layer(model.config, layer_idx))
+        groups = torch.arange(len(heads.key)).view(kv_heads, -1)
+        order = groups.roll(-head, dims=1).flatten().tolist()
+        layer.self_attn.load_state_dict(heads.permuted(order).to_tensors(tensors))
+    return model
+
+
+def single_part(study: Study) -> None:
+    """Bits per byte with any one head for its group: `first` takes head 0, which may be a lucky choice or not."""
+    present = study.model().config.num_key_value_heads
+    for kv_heads in study.options.kv_heads:
+        for head in range(present // kv_heads):
+            study.cell(
+                lambda kv_heads=kv_heads, head=head: study.evaluate(
+                    groupformer.regroup(with_another_first(study.model(), kv_heads, head), kv_heads, method="first")
+                ),
+                part="single",
+                kv_heads=kv_heads,
+                head=head,
+            )
+
+
 def uptrain_part(study: Study) -> None:
     """Bits per byte after uptraining on shares of the pre-training tokens, with and without a teacher."""
     calibration = study.calibration()
@@ -280,7 +307,13 @@ def speed_part(study: Study) -> None:
         )
 
 
-PARTS = {"merge": merge_part, "uptrain": uptrain_part, "scratch": scratch_part, "speed": speed_part}
+PARTS = {
+    "merge": merge_part,
+    "single": single_part,
+    "uptrain": uptrain_part,
+    "scratch": scratch_part,
+    "speed": speed_part,
+}
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -290,6 +323,8 @@ def describe(cell: dict[str, Any]) -> str:
     """What was done to a model, as a line of a table."""
     if cell["part"] in ("original", "scratch"):
         return cell["part"]
+    if cell["part"] == "single":
+        return f"head {cell['head']} of each group"
     calibrated = ", calibrated" if cell["calibrated"] else ""
     trained = f" + {cell['percent']} % {cell['loss']}" if cell["part"] == "uptrain" else ""
     return f"{cell['method']}, {cell['grouping']}{calibrated}{trained}"
