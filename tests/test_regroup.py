@@ -360,10 +360,10 @@ def test_native_models_are_sent_to_the_bridge():
 
 
 def test_an_adapter_is_refused_by_its_tensors():
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     model = randomize(GroupFormerForCausalLM(tiny_config()))
-    model.add_adapter(LoraConfig(target_modules=["gate_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["gate_proj"]), model)  # as `add_adapter` does
     with pytest.raises(ValueError, match="model holds model.layers.0.mlp.gate_proj.base_layer.weight, no tensor of"):
         groupformer.regroup(model, 2)
 
