@@ -177,9 +177,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path):
 # What would go wrong unseen ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, option", [("bloom", "four heads"), ("falcon", "one key head"), ("mpt", "four heads"), ("opt", "biases")]
-)
+# Falcon too, until transformers 5.24.
+@pytest.mark.parametrize("name, option", [("bloom", "four heads"), ("mpt", "four heads"), ("opt", "biases")])
 def test_a_model_in_which_packed_documents_see_each_other_is_refused(name, option):
     with pytest.raises(ValueError) as refusal:
         refuse_leaking("teacher", "here", native_model(name, option))
