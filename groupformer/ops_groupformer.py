@@ -1,5 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Faster ways to compute what GroupFormer's modeling file says: products and norms.
+"""Faster ways to compute what GroupFormer's modeling file says: linear layers, norms, rotary positions.
 
 Each gives the numbers of its plain counterpart (up to rounding) and takes that one wherever something unusual is at
 work: adapters, quantized weights, hooks, parallelism, compiled graphs.
@@ -231,14 +231,14 @@ MANY_NUMBERS = 3 * 2**16  # fewer are in a core's cache anyway
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Torch's RMSNorm; on the CPU, where that is six operations, of a single row in two and of many rows in four."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: graphs must not depend on sizes
+        return torch.rms_norm(hidden_states, weight.shape, weight, eps)
     numbers = hidden_states.numel()
     if (
         (numbers == weight.numel() or numbers >= MANY_NUMBERS)
         and hidden_states.dtype in ROW_DTYPES
         and hidden_states.is_cpu
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not in_transform()
         and torch._C._len_torch_dispatch_stack() == 0
     ):

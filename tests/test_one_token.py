@@ -493,3 +493,13 @@ def test_what_is_kept_for_later_tokens_lies_on_the_cpu_whatever_the_default_devi
     row, weight = torch.randn(1, 1, 8), torch.randn(8)
     with torch.no_grad():
         torch.testing.assert_close(module.rms_norm(row, weight, 1e-6), torch.rms_norm(row, (8,), weight, 1e-6))
+
+
+@torch.no_grad()
+def test_exported_norms_do_not_depend_on_sizes(monkeypatch):
+    monkeypatch.setattr(ops_groupformer, "MANY_NUMBERS", 64)
+    norm = modeling_groupformer.GroupFormerRMSNorm(8)
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(norm, (torch.randn(1, 4, 8),), dynamic_shapes=({1: length},)).module()
+    rows = torch.randn(1, 60, 8)
+    torch.testing.assert_close(exported(rows), torch.rms_norm(rows, (8,), norm.weight, 1e-6))
