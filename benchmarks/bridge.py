@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from groupformer.families.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+from groupformer.conversion.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+from groupformer.conversion.weights import native_class, shapes_of
 from groupformer.families.registry import FAMILIES
-from groupformer.families.weights import native_class, shapes_of
 
 
 SHARD_GIGABYTES = 1
@@ -77,7 +77,7 @@ print(time.perf_counter() - started)
 """
 
 
-def step(work: str, source: Path, target: Path, imports: str = "from groupformer.families import *") -> list[str]:
+def step(work: str, source: Path, target: Path, imports: str = "from groupformer.conversion import *") -> list[str]:
     """The command of a step; `work` finds its folders in `sys.argv`."""
     return [sys.executable, "-c", TIMED.format(imports=imports, work=work), str(source), str(target)]
 

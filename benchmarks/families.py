@@ -20,10 +20,10 @@ from benchmarks.speed import torch_runs
 from benchmarks.speed.__main__ import machine
 from benchmarks.speed.measure import Run, alternate, summary, timed
 from benchmarks.speed.shapes import DTYPES, fast_dtypes
-from groupformer.families.configs import config_class_of
+from groupformer.conversion.configs import config_class_of
+from groupformer.conversion.weights import native_class
 from groupformer.families.family import Family
 from groupformer.families.registry import FAMILIES
-from groupformer.families.weights import native_class
 
 
 def sizes(layers: int, hidden: int, heads: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from groupformer.planning import Hardware, plan
+from groupformer.measuring.planning import Hardware, plan
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"

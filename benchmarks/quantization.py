@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, QuantizedCache, Torc
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.evaluation import evaluate
-from groupformer.speed import measure
+from groupformer.measuring.evaluation import evaluate
+from groupformer.measuring.speed import measure
 
 
 ROOT = Path(__file__).parent.parent

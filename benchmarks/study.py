@@ -25,14 +25,14 @@ from transformers import AutoTokenizer
 
 import groupformer
 from groupformer import GroupFormerForCausalLM
-from groupformer.evaluation import evaluate
+from groupformer.commands.tables import print_table
+from groupformer.measuring.evaluation import evaluate
+from groupformer.measuring.speed import measure
 from groupformer.regrouping.heads import AttentionHeads, Geometry
 from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.moments import calibration_from_texts
-from groupformer.regrouping.uptraining import UptrainRecipe, uptrain
-from groupformer.speed import measure
-from groupformer.tables import print_table
 from groupformer.training.data import read_column
+from groupformer.training.uptraining import UptrainRecipe, uptrain
 
 
 PERCENTS = (1.0, 2.0, 5.0, 10.0)

@@ -107,7 +107,15 @@ class Runner:
         files = [
             f"--{kind}-file={self.options.data / kind}-*.parquet" for kind in ("train", "validation")
         ]  # patterns: the program expands them
-        command = ["-m", "groupformer.cli", "pretrain", str(self.recipe(name)), *files, "--output", str(folder)]
+        command = [
+            "-m",
+            "groupformer",
+            "pretrain",
+            str(self.recipe(name)),
+            *files,
+            "--output",
+            str(folder),
+        ]
         if not self.run(f"{name}-pretrain", *command, "--resume"):
             return
         halved = folder.with_name(f"{name}-bf16")  # what the Hub gets is what is measured

@@ -6,8 +6,9 @@ transformers and torch is imported.
 
 import importlib
 
-from .configuration_groupformer import GroupFormerConfig
-from .modeling_groupformer import (
+from .integrations.registration import register
+from .model.configuration_groupformer import GroupFormerConfig
+from .model.modeling_groupformer import (
     GroupFormerForCausalLM,
     GroupFormerForQuestionAnswering,
     GroupFormerForSequenceClassification,
@@ -15,8 +16,7 @@ from .modeling_groupformer import (
     GroupFormerModel,
     GroupFormerPreTrainedModel,
 )
-from .registration import register
-from .tokenization_groupformer import GroupFormerTokenizer
+from .model.tokenization_groupformer import GroupFormerTokenizer
 from .version import __version__
 
 
@@ -24,8 +24,8 @@ register()
 
 # Public functions whose modules are imported when they are first used.
 LAZY = {
-    "export_model": "families",
-    "import_model": "families",
+    "export_model": "conversion",
+    "import_model": "conversion",
     "regroup": "regrouping",
 }
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import groupformer  # noqa: F401  registers the architecture
-from groupformer.model_card import render_card
+from groupformer.integrations.model_card import render_card
 from groupformer.training.pretraining import PretrainRecipe
 
 

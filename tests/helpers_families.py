@@ -8,10 +8,10 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from groupformer.families.configs import config_class_of
+from groupformer.conversion.configs import config_class_of
+from groupformer.conversion.weights import native_class
 from groupformer.families.family import Family
 from groupformer.families.registry import FAMILIES
-from groupformer.families.weights import native_class
 
 from .helpers import random_ids, randomize
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from groupformer import GroupFormerModel, masking_groupformer
-from groupformer.cache_groupformer import new_cache
-from groupformer.masking_groupformer import create_attention_masks
+from groupformer import GroupFormerModel
+from groupformer.model import masking_groupformer
+from groupformer.model.cache_groupformer import new_cache
+from groupformer.model.masking_groupformer import create_attention_masks
 
 from .helpers import random_ids, randomize, tiny_config
 from .reference import reference_hidden_states

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, Pre
 from typer.testing import CliRunner
 
 import groupformer
-from groupformer.cli import app
-from groupformer.families import export_folder, folders, import_folder
-from groupformer.families.configs import plain
+from groupformer.commands.main import app
+from groupformer.conversion import export_folder, folders, import_folder
+from groupformer.conversion.configs import plain
 from groupformer.families.registry import FAMILIES
 
 from .helpers import random_ids, tiny_config
@@ -424,7 +424,7 @@ def test_commands_go_there_and_back(native, tmp_path):
 def test_command_says_in_one_line_what_is_wrong(native, tmp_path):
     import subprocess
 
-    arguments = [sys.executable, "-m", "groupformer.cli", "import", str(native), str(native)]
+    arguments = [sys.executable, "-m", "groupformer", "import", str(native), str(native)]
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: the target")

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import groupformer
-from groupformer.cli import app
-from groupformer.families import import_folder
-from groupformer.families.configs import read_config
-from groupformer.families.gguf_shapes import ARCHITECTURES
-from groupformer.families.gguf_writer import export_gguf, plan_gguf
+from groupformer.commands.main import app
+from groupformer.conversion import import_folder
+from groupformer.conversion.configs import read_config
+from groupformer.conversion.gguf.shapes import ARCHITECTURES
+from groupformer.conversion.gguf.writer import export_gguf, plan_gguf
 from groupformer.families.registry import FAMILIES
 
 from .helpers import random_ids, tiny_config

@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from groupformer import GroupFormerForCausalLM, cache_groupformer
-from groupformer.cache_groupformer import (
+from groupformer import GroupFormerForCausalLM
+from groupformer.model import cache_groupformer
+from groupformer.model.cache_groupformer import (
     CACHE_NAME,
     GrowingLayer,
     GrowingSlidingWindowLayer,

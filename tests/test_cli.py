@@ -8,12 +8,12 @@ import sys
 import pytest
 import typer
 
-from groupformer.cli import app
+from groupformer.commands.main import app
 
 
 def groupformer(*arguments):
     """Runs the command in a fresh process."""
-    command = [sys.executable, "-m", "groupformer.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "groupformer", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -140,7 +140,7 @@ def test_a_name_that_the_hub_does_not_give_is_named():
 # Reading its prompt from a standard input that presses Ctrl-C.
 CTRL_C = """
 import os, signal, sys, types
-from groupformer import cli
+from groupformer.commands import main as cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that a shell starts in the background ignore it
 sys.stdin = types.SimpleNamespace(read=lambda: os.kill(os.getpid(), signal.SIGINT) or "text")
 sys.argv = ["groupformer", "generate", "hub_card", "-"]
@@ -156,7 +156,10 @@ def test_ctrl_c_is_exit_code_130():
 def test_completion_knows_the_commands():
     asked = {"_GROUPFORMER_COMPLETE": "complete_bash", "COMP_WORDS": "groupformer re", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "groupformer.cli"], env={**os.environ, **asked}, capture_output=True, text=True
+        [sys.executable, "-m", "groupformer"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.split() == ["regroup"]
 

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.attention_groupformer import attend_in_graph
+from groupformer.model.attention_groupformer import attend_in_graph
 
 from .helpers import random_ids, randomize, tiny_config
 

@@ -104,15 +104,15 @@ def test_quoted_code_is_there_without_its_docstring(name):
 
 
 def test_a_quotation_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="groupformer.modeling_groupformer.Missing"):
-        hooks.quoted("groupformer.modeling_groupformer.Missing")
+    with pytest.raises(ValueError, match="groupformer.model.modeling_groupformer.Missing"):
+        hooks.quoted("groupformer.model.modeling_groupformer.Missing")
 
 
 @pytest.mark.parametrize(
     "page, link, on_the_site",
     [
         ("hub.md", "(../hub_card)", "(repository/hub_card/README.md)"),
-        ("guides/push.md", "(../../groupformer/cli.py)", "(../repository/groupformer/cli.py.md)"),
+        ("guides/push.md", "(../../groupformer/commands/main.py)", "(../repository/groupformer/commands/main.py.md)"),
         ("guides/push.md", "(../hub.md#safety)", "(../hub.md#safety)"),
         ("repository/CONTRIBUTING.md", "(docs/families.md#gguf)", "(../families.md#gguf)"),
         ("architecture.md", "(tour.ipynb)", "(tour.ipynb.md)"),

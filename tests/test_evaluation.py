@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
-from groupformer.cli import app
-from groupformer.evaluation import evaluate, windows_of
+from groupformer.commands.main import app
+from groupformer.measuring.evaluation import evaluate, windows_of
 
 from .helpers import randomize, tiny_config
 

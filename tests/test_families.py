@@ -8,9 +8,9 @@ import torch
 from transformers import GenerationConfig
 
 import groupformer
-from groupformer.families.configs import config_class_of, coverage, plain, read_config, table_of, write_config
+from groupformer.conversion.configs import config_class_of, coverage, plain, read_config, table_of, write_config
+from groupformer.conversion.weights import build_plan
 from groupformer.families.registry import FAMILIES
-from groupformer.families.weights import build_plan
 
 from .helpers import random_ids
 from .helpers_families import cases, left_padded, native_config, native_model, relative_error
@@ -160,7 +160,7 @@ def kinds() -> list[tuple[str, str]]:
     for name, family in FAMILIES.items():
         for kind in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"):
             try:
-                groupformer.families.weights.native_class(family, kind)
+                groupformer.conversion.weights.native_class(family, kind)
             except ValueError:
                 continue
             pairs.append((name, kind))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from groupformer.conversion.gguf.shapes import ARCHITECTURES
 from groupformer.families.family import Required
-from groupformer.families.gguf_shapes import ARCHITECTURES
 from groupformer.families.registry import FAMILIES, REFUSED
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.cli import app
-from groupformer.loading import load_checked
+from groupformer.commands.main import app
+from groupformer.conversion.loading import load_checked
 from groupformer.training.pretraining import pretrain
 from groupformer.training.run import last_checkpoint
 
@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_while_regrouping_keeps_what_was_there(tmp_path):
     (tmp_path / "old" / "target").mkdir()
     (tmp_path / "old" / "target" / "precious.txt").write_text("keep me")
     arguments = [tmp_path / "disk" / "model", tmp_path / "disk" / "target", "--kv-heads", "2", "--overwrite"]
-    command = ["-m", "groupformer.cli", "regroup", *arguments]
+    command = ["-m", "groupformer", "regroup", *arguments]
     done = on_a_small_disk(tmp_path, "900k", *command, source=tmp_path / "old")
     assert done.returncode == 1 and "No space left on device" in done.stderr
     left = sorted(str(path.relative_to(tmp_path / "result")) for path in (tmp_path / "result").rglob("*.txt"))

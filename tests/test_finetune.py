@@ -229,7 +229,7 @@ def test_overwriting_never_deletes_an_input_or_the_folder_one_works_in(rows, tmp
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "groupformer.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "groupformer", *map(str, arguments)]
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_ctrl_c_ends_the_command_with_130_and_a_checkpoint(rows, tmp_path):
 def test_a_config_that_is_no_json_mapping_is_refused_in_one_line(config, rows):
     from typer.testing import CliRunner
 
-    from groupformer.cli import app
+    from groupformer.commands.main import app
 
     arguments = ["finetune", "--task", "causal-lm", "--train-file", rows, "--config", config]
     outcome = CliRunner().invoke(app, arguments)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from groupformer import GroupFormerForCausalLM, GroupFormerModel
-from groupformer.cache_groupformer import CACHE_NAME
+from groupformer.model.cache_groupformer import CACHE_NAME
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -151,7 +151,7 @@ def test_more_positions_than_there_are_are_refused(position):
 
 
 def test_rope_goes_beyond_its_positions_with_one_warning():
-    from groupformer.masking_groupformer import logger
+    from groupformer.model.masking_groupformer import logger
 
     messages = []
     model = build(max_position_embeddings=8)

@@ -10,14 +10,9 @@ from torch import nn
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from groupformer import (
-    GroupFormerForCausalLM,
-    attention_groupformer,
-    cache_groupformer,
-    modeling_groupformer,
-    ops_groupformer,
-)
-from groupformer.attention_groupformer import (
+from groupformer import GroupFormerForCausalLM
+from groupformer.model import attention_groupformer, cache_groupformer, modeling_groupformer, ops_groupformer
+from groupformer.model.attention_groupformer import (
     attend,
     attend_by_feature,
     attend_in_parts,
@@ -25,8 +20,8 @@ from groupformer.attention_groupformer import (
     parts_of_keys,
     reads_halves_faster,
 )
-from groupformer.cache_groupformer import is_by_feature
-from groupformer.ops_groupformer import rms_norm
+from groupformer.model.cache_groupformer import is_by_feature
+from groupformer.model.ops_groupformer import rms_norm
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -364,14 +359,14 @@ def test_keys_are_not_parted_where_gradients_flow(threads):
 @pytest.mark.parametrize("variant", ["MHA", "GQA", "MQA", "window"])
 def test_long_caches_are_read_in_parts_by_either_path(variant, monkeypatch, threads, lean_layers):
     threads(3)
-    monkeypatch.setattr("groupformer.attention_groupformer.MANY_KEYS", 8)
+    monkeypatch.setattr("groupformer.model.attention_groupformer.MANY_KEYS", 8)
     model, token_ids = model_of(**USUAL[variant]), random_ids(1, 20)
     expected = model(token_ids).logits[:, -1]
     for lean in (True, False):
         cache = model(token_ids[:, :-1], use_cache=True).past_key_values
         handle = None if lean else model.model.layers[0].register_forward_hook(lambda *_: None)
         parts = []
-        monkeypatch.setattr("groupformer.attention_groupformer.attend_in_parts", counting(parts))
+        monkeypatch.setattr("groupformer.model.attention_groupformer.attend_in_parts", counting(parts))
         logits = model(token_ids[:, -1:], past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         assert parts and set(parts) == {3}

@@ -7,10 +7,11 @@ from torch import nn
 from transformers.integrations import sdpa_attention
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from groupformer import GroupFormerForCausalLM, attention_groupformer, loss_groupformer, ops_groupformer
-from groupformer.attention_groupformer import sdpa_attention_forward
-from groupformer.loss_groupformer import HeadCrossEntropy
-from groupformer.ops_groupformer import product_in_bands, project
+from groupformer import GroupFormerForCausalLM
+from groupformer.model import attention_groupformer, loss_groupformer, ops_groupformer
+from groupformer.model.attention_groupformer import sdpa_attention_forward
+from groupformer.model.loss_groupformer import HeadCrossEntropy
+from groupformer.model.ops_groupformer import product_in_bands, project
 
 from .helpers import random_ids, randomize, tiny_config
 

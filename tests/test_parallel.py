@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.configuration_groupformer import divisors
+from groupformer.model.configuration_groupformer import divisors
 from tests.helpers import random_ids, randomize, tiny_config
 
 

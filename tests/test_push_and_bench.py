@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
-from groupformer.cli import app
-from groupformer.publishing import push_folder
-from groupformer.speed import measure
+from groupformer.commands.main import app
+from groupformer.integrations.hub import push_folder
+from groupformer.measuring.speed import measure
 
 from .helpers import randomize, tiny_config
 from .hub_server import running_hub
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 PUSH_FOLDER = """
 import sys
-from groupformer.publishing import push_folder
+from groupformer.integrations.hub import push_folder
 print(push_folder(sys.argv[1], "me/pushed"))
 """
 

@@ -53,8 +53,8 @@ def test_auto_config_and_auto_tokenizer_know_us(tmp_path):
 
 def test_registering_twice_or_after_another_plugin_is_harmless():
     AutoConfig.register("groupformer", GroupFormerConfig, exist_ok=True)
-    groupformer.registration.register()
-    groupformer.registration.register()
+    groupformer.integrations.registration.register()
+    groupformer.integrations.registration.register()
     assert type(AutoModelForCausalLM.from_config(tiny_config())) is GroupFormerForCausalLM
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerModel, GroupFormerTokenizer
-from groupformer.cli import app
+from groupformer.commands.main import app
 from groupformer.commands.regrouping import wanted_heads
 from groupformer.regrouping.streaming import regroup_folder
 
@@ -206,8 +206,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory):
     """A synthetic checkpoint of 3 GB in bfloat16, written shard by shard."""
-    from groupformer.families.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
-    from groupformer.families.weights import shapes_of
+    from groupformer.conversion.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+    from groupformer.conversion.weights import shapes_of
     from groupformer.regrouping.streaming import shards_of
 
     folder = tmp_path_factory.mktemp("large")

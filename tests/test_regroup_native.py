@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import groupformer
-from groupformer.cli import app
+from groupformer.commands.main import app
 
 from .helpers import random_ids
 from .helpers_families import native_model

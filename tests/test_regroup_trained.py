@@ -7,7 +7,7 @@ import torch
 
 import groupformer
 from groupformer import GroupFormerForCausalLM
-from groupformer.evaluation import evaluate
+from groupformer.measuring.evaluation import evaluate
 from groupformer.regrouping.moments import calibration_from_texts
 from groupformer.training.data import read_column
 

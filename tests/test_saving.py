@@ -16,7 +16,7 @@ from groupformer import (
     GroupFormerModel,
     GroupFormerTokenizer,
 )
-from groupformer.ops_groupformer import build_linear
+from groupformer.model.ops_groupformer import build_linear
 
 from .helpers import random_ids, randomize, tiny_config
 

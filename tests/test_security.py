@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
-from groupformer.cli import app
-from groupformer.families import import_folder
-from groupformer.loading import load_checked
+from groupformer.commands.main import app
+from groupformer.conversion import import_folder
+from groupformer.conversion.loading import load_checked
 from groupformer.training.data import load_files
 from groupformer.training.finetuning import FinetuneRecipe
 from groupformer.training.pretraining import PretrainRecipe, pretrain
@@ -200,7 +200,15 @@ def test_a_training_state_is_not_unpickled(file, tmp_path, marker):
 def test_no_token_is_printed_when_the_hub_cannot_be_reached(debug, tmp_path):
     token = "hf_" + "s3cr3t" * 6
     environment = {**os.environ, "HF_TOKEN": token, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "groupformer.cli", *debug, "import", "someone/private", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "groupformer.commands.main",
+        *debug,
+        "import",
+        "someone/private",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "someone/private" in done.stderr
     assert "s3cr3t" not in done.stdout + done.stderr

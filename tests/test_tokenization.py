@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from groupformer import GroupFormerTokenizer
-from groupformer.tokenization_groupformer import CHAT_TEMPLATE, ROLE_TOKENS, SHIPPED_VOCABULARY, SPECIAL_TOKENS
+from groupformer.model.tokenization_groupformer import CHAT_TEMPLATE, ROLE_TOKENS, SHIPPED_VOCABULARY, SPECIAL_TOKENS
 
 
 TEXTS = {

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerTokenizer
-from groupformer.cli import app
-from groupformer.tokenization_groupformer import SHIPPED_VOCABULARY, SPECIAL_TOKENS
+from groupformer.commands.main import app
+from groupformer.model.tokenization_groupformer import SHIPPED_VOCABULARY, SPECIAL_TOKENS
 from groupformer.training.data import read_column
 from groupformer.training.tokenizer import (
     PIECES,

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
-from groupformer.cli import app
-from groupformer.regrouping import uptraining
-from groupformer.regrouping.readiness import refuse_leaking
-from groupformer.regrouping.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
+from groupformer.commands.main import app
+from groupformer.training import uptraining
+from groupformer.training.readiness import refuse_leaking
+from groupformer.training.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
 
 from .helpers import randomize, tiny_config
 from .helpers_families import native_model

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from groupformer.families.folders import import_folder
-from groupformer.families.gguf_writer import export_gguf
+from groupformer.conversion.folders import import_folder
+from groupformer.conversion.gguf.writer import export_gguf
 
 
 HERE = Path(__file__).parent

@@ -17,8 +17,8 @@ from typing import Any
 
 import gradio as gr
 
-from .. import planning
 from ..commands.shared import checkpoint
+from ..measuring import planning
 from .session import Session
 from .views import attention_html, labels
 

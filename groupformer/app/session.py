@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 import groupformer
 
-from ..configuration_groupformer import divisors
-from ..evaluation import evaluate
-from ..loading import best_device
-from ..model_card import cache_bytes_per_token
-from ..speed import measure
+from ..conversion.loading import best_device
+from ..integrations.model_card import cache_bytes_per_token
+from ..measuring.evaluation import evaluate
+from ..measuring.speed import measure
+from ..model.configuration_groupformer import divisors
 
 
 LONGEST_SENTENCE = 48  # tokens in the attention view: more are not readable
@@ -60,7 +60,7 @@ class Session:
         Raises:
             ValueError: a damaged checkpoint, or a model that is no causal GroupFormer.
         """
-        from ..demo import load, shipped_checkpoint
+        from ..training.demo import load, shipped_checkpoint
 
         device = best_device(device)
         chosen = source or shipped_checkpoint()

@@ -41,9 +41,9 @@ def bench_command(
 
     import groupformer  # noqa: F401  registers the architecture
 
-    from .. import speed
-    from ..loading import best_device, load_checked
-    from ..tables import print_table
+    from ..conversion.loading import best_device, load_checked
+    from ..measuring import speed
+    from .tables import print_table
 
     device = best_device(device)
     models: dict[str, Any] = {}

@@ -29,7 +29,7 @@ def import_command(
 
     Example: groupformer import HuggingFaceTB/SmolLM2-135M smol
     """
-    from ..families import import_folder
+    from ..conversion import import_folder
 
     with bytes_bar("importing") as progress:
         conversion = import_folder(
@@ -59,7 +59,7 @@ def export_command(
     Example: groupformer export smol smol.gguf --format gguf
     """
     if file_format is Format.gguf:
-        from ..families.gguf_writer import export_gguf
+        from ..conversion.gguf.writer import export_gguf
 
         with bytes_bar("writing GGUF") as progress:
             architecture = export_gguf(
@@ -67,7 +67,7 @@ def export_command(
             )
         typer.echo(f"{target}: GGUF of architecture {architecture}")
         return
-    from ..families import export_folder
+    from ..conversion import export_folder
 
     with bytes_bar("exporting") as progress:
         conversion = export_folder(

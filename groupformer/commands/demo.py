@@ -32,7 +32,7 @@ def demo(
     folder = output or Path("runs/demo")
     if output is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--output ({folder}) is not empty; choose another folder, or pass --overwrite")
-    from ..demo import run
+    from ..training.demo import run
 
     with stdout_for_results(as_json):
         results = run(model, folder, steps, seed)

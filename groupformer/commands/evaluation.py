@@ -45,8 +45,8 @@ def eval_command(
 
     Example: groupformer eval runs/reference --file 'books/test-*.parquet'
     """
-    from ..evaluation import evaluate_checkpoint
-    from ..loading import best_device
+    from ..conversion.loading import best_device
+    from ..measuring.evaluation import evaluate_checkpoint
     from ..training.data import read_column
 
     bar_for_large(model)
@@ -67,6 +67,6 @@ def eval_command(
     if as_json:
         print_json(results)
         return
-    from ..tables import print_table
+    from .tables import print_table
 
     print_table(f"{model} on {', '.join(file)}", ["figure", "value"], [list(item) for item in results.items()])

@@ -88,7 +88,7 @@ def finetune(
     if as_json:
         print_json(results)
         return
-    from ..tables import print_table
+    from .tables import print_table
 
     print_table(f"{task}, saved to {output}", ["figure", "value"], [list(item) for item in results.items()])
 

@@ -41,7 +41,7 @@ def generate_command(
 
     import groupformer  # noqa: F401  registers the architecture
 
-    from ..loading import best_device, load_checked
+    from ..conversion.loading import best_device, load_checked
 
     device = best_device(device)
     bar_for_large(source)

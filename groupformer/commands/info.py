@@ -26,7 +26,7 @@ def info_command(
     """
     from rich.console import Console
 
-    from .. import planning
+    from ..measuring import planning
 
     config = planning.decoder_of(planning.load_config(source))
     caches = planning.layer_caches(config)

@@ -36,8 +36,8 @@ def plan_command(
 
     Example: groupformer plan meta-llama/Llama-2-7b-hf --context 8192 --batch 16 --gpu-memory 80 --bandwidth 3350
     """
-    from .. import planning
-    from ..tables import print_table
+    from ..measuring import planning
+    from .tables import print_table
 
     if source is None and config is None:
         raise ValueError("nothing to plan; give a folder or Hub id, or the file of --config")

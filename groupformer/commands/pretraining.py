@@ -70,6 +70,6 @@ def pretrain(
     if as_json:
         print_json(results)
         return
-    from ..tables import print_table
+    from .tables import print_table
 
     print_table("Pre-training", ["figure", "value"], [[name, value] for name, value in results.items()])

@@ -27,6 +27,6 @@ def push_command(
     """
     if repo_id.count("/") != 1 or repo_id.startswith(("/", ".")) or repo_id.endswith("/"):
         raise ValueError(f"repository ({repo_id}) must be USER/NAME")
-    from ..publishing import push_folder
+    from ..integrations.hub import push_folder
 
     typer.echo(push_folder(source, repo_id, private=private, revision=revision, message=message))

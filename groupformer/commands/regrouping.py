@@ -136,7 +136,7 @@ def uptrain(
 
     Example: groupformer uptrain small --teacher big --data 'books/*.parquet' --tokens 1000000 --output runs/uptrain
     """
-    from ..regrouping import uptraining
+    from ..training import uptraining
 
     recipe = uptraining.UptrainRecipe(
         model=source,
@@ -163,7 +163,7 @@ def uptrain(
     if as_json:
         print_json(results)
         return
-    from ..tables import print_table
+    from .tables import print_table
 
     curve = [list(point.values()) for point in results["curve"]]
     print_table(f"Uptraining, saved to {output}", ["tokens", "validation loss", "bits per byte"], curve)

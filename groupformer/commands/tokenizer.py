@@ -67,7 +67,7 @@ def evaluate(
     if as_json:
         print_json(rows)
         return
-    from ..tables import print_table
+    from .tables import print_table
 
     columns = list(next(iter(rows.values())))
     print_table("Compression", ["file", *columns], [[name, *row.values()] for name, row in rows.items()])

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from transformers.initialization import no_init_weights
 
-from ..families.weights import shapes_of
-from ..modeling_groupformer import GroupFormerPreTrainedModel
+from ..conversion.weights import shapes_of
+from ..model.modeling_groupformer import GroupFormerPreTrainedModel
 from .moments import Moment, check_calibration, measure_moments, moment_from_norm
 from .request import Request, regrouped_config
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..configuration_groupformer import GroupFormerConfig
+from ..model.configuration_groupformer import GroupFormerConfig
 
 
 @dataclass(frozen=True)

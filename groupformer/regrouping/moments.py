@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_groupformer import GroupFormerConfig
+from ..model.configuration_groupformer import GroupFormerConfig
 
 
 # Share of the mean energy that is added to every direction, so that none which the text did not visit counts as free.

@@ -7,7 +7,7 @@ from numbers import Integral
 
 import torch
 
-from ..configuration_groupformer import GroupFormerConfig, choices, divisors
+from ..model.configuration_groupformer import GroupFormerConfig, choices, divisors
 from .budget import check_budget, choose_counts
 from .grouping import GROUPINGS
 from .heads import AttentionHeads, Geometry

@@ -16,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..configuration_groupformer import GroupFormerConfig
-from ..families.checkpoint import Entry, bytes_of, header_of, open_checkpoint, shard_names, write_index
-from ..families.folders import (
+from ..conversion.checkpoint import Entry, bytes_of, header_of, open_checkpoint, shard_names, write_index
+from ..conversion.folders import (
     MAX_SHARD_BYTES,
     Progress,
     class_name_of,
@@ -30,7 +29,8 @@ from ..families.folders import (
     write_tokenizer_code,
     written_aside,
 )
-from ..families.weights import KINDS, kind_of, refuse_other_tensors, shapes_of
+from ..conversion.weights import KINDS, kind_of, refuse_other_tensors, shapes_of
+from ..model.configuration_groupformer import GroupFormerConfig
 from . import check_finite
 from .moments import Moment, adder, check_calibration, moment_from_norm
 from .request import Request, regrouped_config

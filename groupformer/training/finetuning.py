@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerTokenizer
-from ..loading import load_checked
+from ..conversion.loading import load_checked
 from .data import expand, load_files, require_column
 from .pretraining import packed_collator
 from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import GroupFormerConfig
-from ..loading import best_device
+from ..conversion.loading import best_device
 
 
 # Model fields that are no fields of the config: Auto classes take them as well.

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..tokenization_groupformer import SPECIAL_TOKENS, GroupFormerTokenizer
+from ..model.tokenization_groupformer import SPECIAL_TOKENS, GroupFormerTokenizer
 
 
 # A run of white space up to its last line break. `*+` never gives back what it took: with a plain `*`, millions of

@@ -16,15 +16,15 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .configuration_groupformer import GroupFormerConfig
-from .modeling_groupformer import (
+from ..model.configuration_groupformer import GroupFormerConfig
+from ..model.modeling_groupformer import (
     GroupFormerForCausalLM,
     GroupFormerForQuestionAnswering,
     GroupFormerForSequenceClassification,
     GroupFormerForTokenClassification,
     GroupFormerModel,
 )
-from .tokenization_groupformer import GroupFormerTokenizer
+from ..model.tokenization_groupformer import GroupFormerTokenizer
 
 
 MODELS = {

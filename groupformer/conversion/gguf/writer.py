@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..configuration_groupformer import GroupFormerConfig
-from ..modeling_groupformer import GroupFormerForCausalLM, GroupFormerRotaryEmbedding
-from .checkpoint import Entry, open_checkpoint
-from .configs import write_config
-from .folders import Progress, class_name_of, ignore_progress, local_folder, read_json
-from .gguf_shapes import Architecture, refuse_inexact, rope_metadata
-from .gguf_tokenizer import tokenizer_metadata
-from .operations import RENAME
-from .registry import family_named
-from .weights import Group, expand, make_group, refuse_other_tensors, refuse_uncovered, shapes_of
+from ...families.operations import RENAME
+from ...families.registry import family_named
+from ...model.configuration_groupformer import GroupFormerConfig
+from ...model.modeling_groupformer import GroupFormerForCausalLM, GroupFormerRotaryEmbedding
+from ..checkpoint import Entry, open_checkpoint
+from ..configs import write_config
+from ..folders import Progress, class_name_of, ignore_progress, local_folder, read_json
+from ..weights import Group, expand, make_group, refuse_other_tensors, refuse_uncovered, shapes_of
+from .shapes import Architecture, refuse_inexact, rope_metadata
+from .tokenizer import tokenizer_metadata
 
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .loading import refuse_broken_files
+from ..conversion.loading import refuse_broken_files
 
 
 # What belongs to a checkpoint; training state, logs and whatever else lies beside it stays at home.
@@ -123,7 +123,7 @@ def card_of(folder: Path, repo_id: str) -> str:
     """A card that says what a checkpoint is, from its config alone."""
     import torch
 
-    from . import GroupFormerConfig
+    from .. import GroupFormerConfig
     from .model_card import cache_bytes_per_token
 
     config = GroupFormerConfig.from_pretrained(folder)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from . import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
-from .cache_groupformer import CACHE_NAME
-from .loading import load_checked
+from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from ..conversion.loading import load_checked
+from ..model.cache_groupformer import CACHE_NAME
 
 
 PROMPTS = (
@@ -47,7 +47,7 @@ print(json.dumps({"class": type(model).__name__, "answers": answers}))
 
 def shipped_checkpoint() -> Path | None:
     """The reference checkpoint in `hub_card/`, where this is a checkout that has one."""
-    folder = Path(__file__).parent.parent / "hub_card"
+    folder = Path(__file__).parents[2] / "hub_card"
     return folder if (folder / "model.safetensors").is_file() else None
 
 

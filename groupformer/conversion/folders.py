@@ -16,8 +16,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from .. import tokenization_groupformer
-from ..configuration_groupformer import GroupFormerConfig
+from ..families.operations import RENAME
+from ..families.registry import family_named
+from ..model import tokenization_groupformer
+from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import (
     Advance,
     BinSource,
@@ -31,8 +33,6 @@ from .checkpoint import (
     write_index,
 )
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
-from .operations import RENAME
-from .registry import family_named
 from .weights import Group
 
 

@@ -7,8 +7,8 @@ code. A tokenizer that splits otherwise would give other tokens there, so it is 
 from pathlib import Path
 from typing import Any
 
-from ..configuration_groupformer import GroupFormerConfig
-from .folders import read_json
+from ...model.configuration_groupformer import GroupFormerConfig
+from ..folders import read_json
 
 
 # Kinds of tokens, as llama.cpp numbers them.

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..configuration_groupformer import PER_LAYER_FIELDS, GroupFormerConfig
-from .family import ABSENT, COMMON, Computed, Family, Irrelevant, Required, Row
+from ..families.family import ABSENT, COMMON, Computed, Family, Irrelevant, Required, Row
+from ..model.configuration_groupformer import PER_LAYER_FIELDS, GroupFormerConfig
 
 
 # Fields that transformers' shared code (masks, caches, RoPE) reads from any config that has them.

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from . import commands
-from .commands.shared import NOT_HERE
-from .version import __version__
+from .. import commands
+from ..version import __version__
+from .shared import NOT_HERE
 
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

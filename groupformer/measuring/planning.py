@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from .configuration_groupformer import GroupFormerConfig
-from .families.configs import read_config
-from .families.registry import FAMILIES
-from .regrouping.request import regrouped_config
+from ..conversion.configs import read_config
+from ..families.registry import FAMILIES
+from ..model.configuration_groupformer import GroupFormerConfig
+from ..regrouping.request import regrouped_config
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..configuration_groupformer import GroupFormerConfig
-from .configs import SAME_ACTIVATION
-from .family import QKV, Weights
-from .operations import InterleavedRope, Stacked
-from .weights import rotary_dim_of
+from ...families.family import QKV, Weights
+from ...families.operations import InterleavedRope, Stacked
+from ...model.configuration_groupformer import GroupFormerConfig
+from ..configs import SAME_ACTIVATION
+from ..weights import rotary_dim_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .cache_groupformer import CACHE_NAME
+from ..model.cache_groupformer import CACHE_NAME
 
 
 def measure(

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .families.checkpoint import open_checkpoint
+from .checkpoint import open_checkpoint
 
 
 def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = False, **options: Any) -> Any:

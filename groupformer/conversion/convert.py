@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_groupformer import GroupFormerConfig
+from ..families.family import Family
+from ..families.registry import FAMILIES, family_named
+from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import Entry, Source
 from .configs import read_config, write_config
-from .family import Family
-from .registry import FAMILIES, family_named
 from .weights import KINDS, Group, Plan, Shapes, build_plan, kind_of, native_class, native_name, refuse_other_tensors
 
 

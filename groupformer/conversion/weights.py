@@ -13,10 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .. import modeling_groupformer as ours_module
-from ..configuration_groupformer import GroupFormerConfig
-from .family import Family, Weights
-from .operations import RENAME, Context, Operation
+from ..families.family import Family, Weights
+from ..families.operations import RENAME, Context, Operation
+from ..model import modeling_groupformer as ours_module
+from ..model.configuration_groupformer import GroupFormerConfig
 
 
 Shapes = dict[str, tuple[int, ...]]

@@ -212,7 +212,7 @@ def evaluate_checkpoint(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .loading import best_device, load_checked
+    from ..conversion.loading import best_device, load_checked
 
     device = best_device(device)
     model = load_checked(AutoModelForCausalLM, source, dtype=dtype).to(device)

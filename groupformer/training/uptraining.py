@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from ..loading import load_checked
-from ..training.data import expand, load_files, tokenize_and_pack
-from ..training.pretraining import PackedTrainer, bytes_per_token, packed_collator
-from ..training.recipes import hardware_arguments
-from ..training.run import SaveOnInterrupt, last_checkpoint, prepare_output, refuse_output_in
+from ..conversion.loading import load_checked
+from .data import expand, load_files, tokenize_and_pack
+from .pretraining import PackedTrainer, bytes_per_token, packed_collator
 from .readiness import (
     ATTENTION_MODULES,
     keep_settings,
@@ -32,6 +30,8 @@ from .readiness import (
     refuse_other_vocabulary,
     settings_of,
 )
+from .recipes import hardware_arguments
+from .run import SaveOnInterrupt, last_checkpoint, prepare_output, refuse_output_in
 
 
 IGNORED = -100

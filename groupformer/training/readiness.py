@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..families.folders import read_json
-from ..modeling_groupformer import GroupFormerPreTrainedModel
+from ..conversion.folders import read_json
+from ..model.modeling_groupformer import GroupFormerPreTrainedModel
 
 
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed, and what adapters train

@@ -36,7 +36,7 @@ def register() -> None:
     known = ModelRegistry.get_supported_archs()
     for name in MODELS:
         if name not in known:  # named, not imported: vLLM inspects its models in a process of their own
-            ModelRegistry.register_model(name, f"groupformer.vllm_models:{name}")
+            ModelRegistry.register_model(name, f"groupformer.integrations.vllm.models:{name}")
         MODELS_CONFIG_MAP[name] = GroupFormerVllmConfig
 
 
