@@ -1,6 +1,6 @@
-"""Reading and writing checkpoint files tensor by tensor, never holding a model.
+"""Reads checkpoint files tensor by tensor, never holding a model; `shards` writes them.
 
-Safetensors files are a JSON header and raw bytes, so a tensor is read by its offset and written in its turn. They are
+Safetensors files are a JSON header and raw bytes, so a tensor is read by its offset. They are
 not mapped into memory: mapped pages would count as used. Legacy `.bin` files go through torch's `weights_only=True`.
 """
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 
+# Safetensors' names. Weights are floats; others are masks and counters of older checkpoints, or quantized weights.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -25,6 +26,17 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -91,7 +103,10 @@ class SafetensorsSource:
             if name not in header:
                 raise ValueError(f"{path} lacks {name}, which the index says it holds")
             if header[name]["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {header[name]['dtype']}; only floats are weights")
+                raise ValueError(
+                    f"{path}: {name} has dtype {header[name]['dtype']}, which torch does not have; "
+                    "use a checkpoint that is not quantized"
+                )
             self.entries[name] = Entry(DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
             self.places[name] = (path, 8 + start + header[name]["data_offsets"][0])
 
@@ -214,39 +229,3 @@ def read_index(path: Path) -> dict[Path, list[str]]:
     if missing:
         raise ValueError(f"{path} names {missing[0]}, which does not exist")
     return shards
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def header_of(entries: Mapping[str, Entry]) -> bytes:
-    """A safetensors header: its length, and names, dtypes, shapes and offsets as JSON, padded to 8 bytes."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, entry in entries.items():
-        ends = [offset, offset + entry.size]
-        header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": ends}
-        offset = ends[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def shard_names(count: int) -> list[str]:
-    """Transformers' file names for so many shards."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def write_index(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(entry.size for entries in shards.values() for entry in entries.values())},
-        "weight_map": {name: file for file, entries in shards.items() for name in entries},
-    }
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,23 +20,10 @@ from ..families.operations import RENAME
 from ..families.registry import family_named
 from ..model import tokenization_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
-from .checkpoint import (
-    Advance,
-    BinSource,
-    Entry,
-    SafetensorsSource,
-    bytes_of,
-    header_of,
-    open_checkpoint,
-    shard_names,
-    write_all,
-    write_index,
-)
+from .checkpoint import BinSource, SafetensorsSource, open_checkpoint
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
-from .weights import Group
+from .shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
 
-
-MAX_SHARD_BYTES = 5_000_000_000
 
 # What travels along as it is: tokenizers, chat templates, generation configs, licences.
 COMPANIONS = (
@@ -53,13 +40,6 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-
-# Called with the shard being written, the number of shards, and the bytes written since the last call.
-Progress = Callable[[int, int, int, int], None]
-
-
-def ignore_progress(shard: int, shards: int, written: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def local_folder(source: str) -> Path:
@@ -151,7 +131,8 @@ def import_folder(
     conversion.our_config.architectures = [conversion.model_class.__name__]
     name_tokenizer(conversion, source_folder)
     with written_aside(target_folder) as folder:
-        write_weights(conversion, open_checkpoint(source_folder), folder, max_shard_bytes, progress)
+        pieces = pieces_of(conversion, open_checkpoint(source_folder))
+        write_shards(pieces, folder, max_shard_bytes=max_shard_bytes, progress=progress)
         write_our_code(conversion, folder)
         conversion.our_config.save_pretrained(folder)
         copy_companions(source_folder, folder)
@@ -182,7 +163,8 @@ def export_folder(
     conversion = plan_export(our_config, class_name_of(our_config), family)
     conversion.native_config.architectures = [conversion.model_class.__name__]
     with written_aside(target_folder) as folder:
-        write_weights(conversion, open_checkpoint(source_folder), folder, max_shard_bytes, progress)
+        pieces = pieces_of(conversion, open_checkpoint(source_folder))
+        write_shards(pieces, folder, max_shard_bytes=max_shard_bytes, progress=progress)
         conversion.native_config.save_pretrained(folder)
         copy_companions(source_folder, folder)
         free_tokenizer_of_our_code(folder)
@@ -232,59 +214,19 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 # Weights -------------------------------------------------------------------------------------------------------------
 
-Shard = list[tuple[Group, dict[str, Entry]]]
 
-
-def plan_shards(pieces: Iterator[tuple[Group, dict[str, Entry]]], max_bytes: int) -> list[Shard]:
-    """Groups in the model's order, cut into shards. Wider dtypes come first in each, so that all stay aligned."""
-    shards: list[Shard] = [[]]
-    filled = 0
-    for group, entries in pieces:
-        size = sum(entry.size for entry in entries.values())
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((group, entries))
-        filled += size
-    for shard in shards:
-        shard.sort(key=lambda piece: -max(entry.dtype.itemsize for entry in piece[1].values()))
-    return shards
-
-
-def write_weights(
-    conversion: Conversion, source: SafetensorsSource | BinSource, folder: Path, max_bytes: int, progress: Progress
-) -> None:
+def pieces_of(conversion: Conversion, source: SafetensorsSource | BinSource) -> Iterator[Piece]:
+    """What the new checkpoint holds: a piece for each group of the plan."""
     names = source_names(conversion, source)
-    pieces = (
-        (group, {file_name(conversion, name): entry for name, entry in entries.items()})
-        for group, entries in target_entries(conversion, source, names)
-    )
-    shards = plan_shards(pieces, max_bytes)
-    contents = [{name: entry for _, entries in shard for name, entry in entries.items()} for shard in shards]
-    total = sum(entry.size for content in contents for entry in content.values())
-    files = shard_names(len(shards))
-    for number, (shard_file, shard, content) in enumerate(zip(files, shards, contents), start=1):
-
-        def advance(written: int, number: int = number) -> None:
-            progress(number, len(shards), written, total)
-
-        with open(folder / shard_file, "wb", buffering=0) as file:
-            write_all(file, header_of(content))
-            for group, entries in shard:
-                write_group(conversion, source, names, group, entries, file, advance)
-    if len(shards) > 1:
-        write_index(folder, dict(zip(files, contents)))
-
-
-def write_group(conversion, source, names: dict[str, str], group: Group, entries, file, advance: Advance) -> None:
-    read, _ = conversion.sides(group)
-    if group.operation is RENAME and isinstance(source, SafetensorsSource):
-        source.copy(names[read[0]], file, advance)
-        return
-    tensors = conversion.convert(group, [source.read(names[name]) for name in read])
-    for tensor, entry in zip(tensors, entries.values()):
-        write_all(file, bytes_of(tensor))
-        advance(entry.size)
+    for group, entries in target_entries(conversion, source, names):
+        read = [names[name] for name in conversion.sides(group)[0]]
+        stored = {file_name(conversion, name): entry for name, entry in entries.items()}
+        if group.operation is RENAME:
+            yield unchanged(source, read[0], next(iter(stored)))
+        else:
+            yield Piece(
+                stored, lambda group=group, read=read: conversion.convert(group, [source.read(name) for name in read])
+            )
 
 
 # What lies beside the weights ----------------------------------------------------------------------------------------

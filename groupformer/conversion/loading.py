@@ -4,13 +4,13 @@ Transformers fills what a file lacks with fresh random weights and a warning, an
 who build on a model; a command that evaluates, generates or trains must rather stop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint import open_checkpoint
@@ -83,6 +83,85 @@ def file_of(source: str | Path, name: str) -> str:
     places = getattr(open_checkpoint(folder), "places", {})
     endings = [stored for stored in places if stored == name or name.endswith(f".{stored}") or stored.endswith(name)]
     return str(places[endings[0]][0]) if endings else str(source)
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------------
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a file of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> Any:
+    """The tokenizer of a checkpoint, or the one that is named instead, checked to have tokens.
+
+    Transformers makes an empty tokenizer for a folder without one; every text then has no tokens.
+
+    Args:
+        source: Folder or Hub id of the checkpoint.
+        tokenizer: Folder or Hub id of another tokenizer, as `--tokenizer` gives it.
+
+    Raises:
+        ValueError: no tokenizer, one that cannot be loaded, or one with fewer than two tokens besides special ones.
+    """
+    chosen = source if tokenizer is None else tokenizer
+    remedy = "pass --tokenizer FOLDER with the model's own tokenizer" if tokenizer is None else "choose another one"
+    if Path(chosen).is_dir() and not has_tokenizer(chosen):
+        raise ValueError(f"{chosen} has no tokenizer (no tokenizer.json or tokenizer.model); {remedy}")
+    try:
+        loaded = AutoTokenizer.from_pretrained(chosen)
+    except Exception as error:  # the library `tokenizers` raises no narrower class for a file that it cannot read
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"the tokenizer of {chosen} cannot be loaded ({reason.strip()}); {remedy}") from error
+    ordinary = set(loaded.get_vocab().values()) - set(loaded.all_special_ids)
+    if len(ordinary) < 2:
+        count = f"{len(ordinary)} token{'' if len(ordinary) == 1 else 's'}"
+        raise ValueError(f"the tokenizer of {chosen} has {count} besides special ones; {remedy}")
+    return loaded
+
+
+def check_token_ids(token_ids: Iterable[int], tokenizer: Any, what: str, vocab_size: int | None = None) -> None:
+    """Refuses token ids from which nothing can be computed or learnt.
+
+    Args:
+        token_ids: All ids of the text.
+        tokenizer: What gave them.
+        what: What they are the tokens of, to begin the message with, e.g. "the calibration text".
+        vocab_size: Of the model, to refuse larger ids.
+
+    Raises:
+        ValueError: no tokens, unknown tokens only, or ids that the model has no embedding for.
+    """
+    found = set(token_ids)
+    if not found:
+        raise ValueError(f"{what} has no tokens; give text that is not empty, in the tokenizer's language")
+    markers = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unknown = tokenizer.unk_token_id
+    # A marker that doubles as the unknown token (GPT-2) may be all that was asked for.
+    if unknown is not None and unknown not in markers and unknown in found and found <= markers | {unknown}:
+        raise ValueError(
+            f"{what} has only unknown tokens ({tokenizer.unk_token}); pass --tokenizer FOLDER with the model's own "
+            "tokenizer, or give text in its language"
+        )
+    if vocab_size is not None and max(found) >= vocab_size:
+        raise ValueError(
+            f"{what} has the token id {max(found)}, but the model's vocab_size is {vocab_size}; "
+            "pass --tokenizer FOLDER with the model's own tokenizer"
+        )
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
 
 
 def best_device(wanted: str | None = None) -> str:

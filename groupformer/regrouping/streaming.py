@@ -16,18 +16,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..conversion.checkpoint import Entry, bytes_of, header_of, open_checkpoint, shard_names, write_index
+from ..conversion.checkpoint import Entry, open_checkpoint
 from ..conversion.folders import (
-    MAX_SHARD_BYTES,
-    Progress,
     class_name_of,
     copy_companions,
-    ignore_progress,
     local_folder,
     read_json,
     refuse_target,
     write_tokenizer_code,
     written_aside,
+)
+from ..conversion.shards import (
+    MAX_SHARD_BYTES,
+    Progress,
+    bytes_of,
+    header_of,
+    ignore_progress,
+    shard_names,
+    write_index,
 )
 from ..conversion.weights import KINDS, kind_of, refuse_other_tensors, shapes_of
 from ..model.configuration_groupformer import GroupFormerConfig

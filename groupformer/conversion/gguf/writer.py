@@ -22,7 +22,8 @@ from ...model.configuration_groupformer import GroupFormerConfig
 from ...model.modeling_groupformer import GroupFormerForCausalLM, GroupFormerRotaryEmbedding
 from ..checkpoint import Entry, open_checkpoint
 from ..configs import write_config
-from ..folders import Progress, class_name_of, ignore_progress, local_folder, read_json
+from ..folders import class_name_of, local_folder, read_json
+from ..shards import Progress, ignore_progress
 from ..weights import Group, expand, make_group, refuse_other_tensors, refuse_uncovered, shapes_of
 from .shapes import Architecture, refuse_inexact, rope_metadata
 from .tokenizer import tokenizer_metadata
