@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from groupformer.conversion.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+from groupformer.conversion.checkpoint import Entry
+from groupformer.conversion.shards import bytes_of, header_of, shard_names, write_index
 from groupformer.conversion.weights import native_class, shapes_of
 from groupformer.families.registry import FAMILIES
 

@@ -206,7 +206,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory):
     """A synthetic checkpoint of 3 GB in bfloat16, written shard by shard."""
-    from groupformer.conversion.checkpoint import Entry, bytes_of, header_of, shard_names, write_index
+    from groupformer.conversion.checkpoint import Entry
+    from groupformer.conversion.shards import bytes_of, header_of, shard_names, write_index
     from groupformer.conversion.weights import shapes_of
     from groupformer.regrouping.streaming import shards_of
 

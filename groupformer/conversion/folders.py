@@ -7,10 +7,12 @@ fails nothing is left behind.
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,9 +22,10 @@ from ..families.operations import RENAME
 from ..families.registry import family_named
 from ..model import tokenization_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
-from .checkpoint import BinSource, SafetensorsSource, open_checkpoint
+from .checkpoint import BinSource, SafetensorsSource, Source, open_checkpoint
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
 from .shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
+from .weights import Group
 
 
 # What travels along as it is: tokenizers, chat templates, generation configs, licences.
@@ -224,9 +227,11 @@ def pieces_of(conversion: Conversion, source: SafetensorsSource | BinSource) -> 
         if group.operation is RENAME:
             yield unchanged(source, read[0], next(iter(stored)))
         else:
-            yield Piece(
-                stored, lambda group=group, read=read: conversion.convert(group, [source.read(name) for name in read])
-            )
+            yield Piece(stored, partial(convert_group, conversion, source, group, read))
+
+
+def convert_group(conversion: Conversion, source: Source, group: Group, names: list[str]) -> list[torch.Tensor]:
+    return conversion.convert(group, [source.read(name) for name in names])
 
 
 # What lies beside the weights ----------------------------------------------------------------------------------------
@@ -234,8 +239,6 @@ def pieces_of(conversion: Conversion, source: SafetensorsSource | BinSource) -> 
 
 def write_our_code(conversion: Conversion, folder: Path) -> None:
     """The code files that `save_pretrained` of ours puts beside the weights, for `trust_remote_code`."""
-    import torch
-
     with torch.device("meta"):
         model = conversion.model_class(conversion.our_config)
     custom_object_save(model, str(folder))
