@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-slow test-upstream test-versions test-vllm test-serving test-app docs test-docs audit \
+.PHONY: help env demo test test-slow test-upstream test-versions test-wheel test-vllm test-serving test-app docs test-docs audit \
 	bench study figures lint format types check clean
 
 help:  ## List the targets
@@ -37,6 +37,12 @@ test-upstream: $(READY)  ## Run transformers' own common tests on GroupFormer, a
 
 test-versions: $(READY)  ## Run the fast tests with the oldest and the newest transformers and peft
 	$(BIN)/python scripts/version_tests.py --workers $(WORKERS)
+
+BUILD_VENV ?= .venv-build
+test-wheel: $(READY)  ## Build the package, and run the fast tests on its wheel alone, in an environment of its own
+	$(BIN)/python -m venv $(BUILD_VENV)
+	$(BUILD_VENV)/bin/python -m pip install --quiet build twine packaging
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BUILD_VENV)/bin/python scripts/wheel_tests.py newest
 
 # vLLM needs other versions than we do, so it has an environment of its own; its torch is the pinned one.
 VLLM_VENV ?= .venv-vllm
