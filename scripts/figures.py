@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from groupformer import GroupFormerConfig
-from groupformer.measuring.planning import layer_caches
+from groupformer.measuring.cache import layer_caches
 
 
 ROOT = Path(__file__).resolve().parent.parent

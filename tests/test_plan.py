@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
 from groupformer import GroupFormerConfig
 from groupformer.commands.main import app
-from groupformer.measuring.planning import Hardware, decoder_of, layer_caches, parameter_counts, plan
+from groupformer.measuring.cache import decoder_of, layer_caches
+from groupformer.measuring.planning import Hardware, parameter_counts, plan
 
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 50}

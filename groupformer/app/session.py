@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 import groupformer
 
 from ..conversion.loading import best_device
-from ..integrations.model_card import cache_bytes_per_token
+from ..measuring.cache import cache_bytes_per_token
 from ..measuring.evaluation import evaluate
 from ..measuring.speed import measure
 from ..model.configuration_groupformer import divisors

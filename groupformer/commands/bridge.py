@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from .shared import CONVERT, ReplaceTarget, ShardSize, Source, Target, bytes_bar
+from .shared import (
+    CONVERT,
+    Cost,
+    ReplaceTarget,
+    ShardSize,
+    Source,
+    Target,
+    bytes_bar,
+    describe_cache,
+    describe_heads,
+    print_outcome,
+    size_on_disk,
+)
 
 
 class Format(str, Enum):
@@ -30,13 +42,26 @@ def import_command(
     Example: groupformer import HuggingFaceTB/SmolLM2-135M smol
     """
     from ..conversion import import_folder
+    from ..conversion.loading import has_tokenizer
 
+    cost = Cost()
     with bytes_bar("importing") as progress:
         conversion = import_folder(
             source, target, overwrite=overwrite, max_shard_bytes=int(max_shard_size * 1e9), progress=progress
         )
     config = conversion.our_config
-    typer.echo(f"{target}: {conversion.model_class.__name__}, {config.num_hidden_layers} layers, from {config.family}")
+    facts = {"cache": describe_cache(config), "size": size_on_disk(target), "took": cost}
+    print_outcome(
+        f"{target}: {conversion.model_class.__name__} from {config.family}, {describe_heads(config)}",
+        facts,
+        [f"groupformer plan {target}", f"groupformer regroup {target} small --kv-heads N --calibration TEXT"],
+    )
+    if not has_tokenizer(target):
+        typer.echo(
+            f"warning: {source} has no tokenizer; copy its files to {target}, or pass --tokenizer to the commands "
+            "that read text",
+            err=True,
+        )
 
 
 def export_command(
@@ -58,6 +83,7 @@ def export_command(
 
     Example: groupformer export smol smol.gguf --format gguf
     """
+    cost = Cost()
     if file_format is Format.gguf:
         from ..conversion.gguf.writer import export_gguf
 
@@ -65,7 +91,11 @@ def export_command(
             architecture = export_gguf(
                 source, target, family=family, overwrite=overwrite, tokenizer=tokenizer, progress=progress
             )
-        typer.echo(f"{target}: GGUF of architecture {architecture}")
+        print_outcome(
+            f"{target}: GGUF of architecture {architecture}",
+            {"size": size_on_disk(target), "took": cost},
+            [f'llama-cli -m {target} -p "The river"'],
+        )
         return
     from ..conversion import export_folder
 
@@ -78,4 +108,9 @@ def export_command(
             max_shard_bytes=int(max_shard_size * 1e9),
             progress=progress,
         )
-    typer.echo(f"{target}: {conversion.model_class.__name__}, bit for bit")
+    config = conversion.native_config
+    print_outcome(
+        f"{target}: {conversion.model_class.__name__}, bit for bit, {describe_heads(config)}",
+        {"cache": describe_cache(config), "size": size_on_disk(target), "took": cost},
+        [f"vllm serve {target}"],
+    )

@@ -26,10 +26,10 @@ def info_command(
     """
     from rich.console import Console
 
-    from ..measuring import planning
+    from ..measuring import cache, planning
 
-    config = planning.decoder_of(planning.load_config(source))
-    caches = planning.layer_caches(config)
+    config = cache.decoder_of(planning.load_config(source))
+    caches = cache.layer_caches(config)
     facts = describe(config, caches, planning.parameter_counts(config)[0])
     if as_json:
         print_json(facts)

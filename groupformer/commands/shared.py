@@ -4,7 +4,8 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -79,6 +80,95 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Def
 TrainingDevice = Annotated[
     str | None, typer.Option(help="cpu, or the kind of accelerator there is. Default: the best there is.")
 ]
+
+
+class Cost:
+    """What a command costs, counted from where it is made: seconds, and the most memory that the process held."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.started
+        minutes, rest = divmod(round(seconds), 60)
+        taken = f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+        peaks = [f"peak memory {in_units(size)}{where}" for where, size in self.peaks() if size]
+        return ", ".join([taken, *peaks])
+
+    @staticmethod
+    def peaks() -> list[tuple[str, int]]:
+        """Where memory was held, and the most bytes there."""
+        found = []
+        with contextlib.suppress(ImportError):  # Windows has no such module
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            found.append(("", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            found.append((" on the GPU", torch.cuda.max_memory_allocated()))
+        return found
+
+
+def in_units(size: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} GB"
+
+
+def size_on_disk(path: Path) -> str:
+    """Bytes of a file, or of the weights of a checkpoint folder."""
+    weights = ("*.safetensors", "*.bin")
+    files = [file for pattern in weights for file in path.glob(pattern)] if path.is_dir() else [path]
+    return in_units(sum(file.stat().st_size for file in files))
+
+
+def describe_heads(config: Any) -> str:
+    """The query and KV heads of a decoder, e.g. "32 query heads on 8 KV heads, 32 layers"."""
+    from ..measuring.cache import decoder_of, layer_caches
+
+    config = decoder_of(config)
+    counts = [layer.kv_heads for layer in layer_caches(config)]
+    uniform = len(set(counts)) == 1
+    kv_heads = plural(counts[0], "KV head") if uniform else f"{min(counts)} to {max(counts)} KV heads by layer"
+    return f"{plural(config.num_attention_heads, 'query head')} on {kv_heads}, {plural(len(counts), 'layer')}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def describe_cache(config: Any, before: Any = None) -> str:
+    """Bytes of cache a token, and what they were in another config."""
+    from ..measuring.cache import cache_bytes_per_token
+
+    size = cache_bytes_per_token(config)
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    if before is None:
+        return f"{size:,} bytes a token in {dtype}"
+    old = cache_bytes_per_token(before, config.dtype)
+    return f"{old:,} -> {size:,} bytes a token in {dtype} ({size / old:.0%})"
+
+
+def print_outcome(made: str, facts: Mapping[str, Any], next_lines: Sequence[str]) -> None:
+    """How a command that makes something ends: what it made, figures of it, its cost, and what to type next.
+
+    Example:
+        small: LlamaForCausalLM, 9 query heads on 1 KV heads, 30 layers
+          cache  46,080 -> 15,360 bytes a token in bfloat16 (33%)
+          size   260.1 MB
+          took   12.3 s, peak memory 1.20 GB
+        next:  groupformer eval small --file TEXT
+    """
+    typer.echo(made)
+    width = max(map(len, [*facts, "next"]), default=0)
+    for name, value in facts.items():
+        typer.echo(f"  {name:<{width}}  {value}")
+    for index, line in enumerate(next_lines):
+        typer.echo(f"{'next:' if index == 0 else '':<{width + 2}}  {line}")
 
 
 def print_json(results: Any) -> None:

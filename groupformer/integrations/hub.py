@@ -124,7 +124,7 @@ def card_of(folder: Path, repo_id: str) -> str:
     import torch
 
     from .. import GroupFormerConfig
-    from .model_card import cache_bytes_per_token
+    from ..measuring.cache import cache_bytes_per_token
 
     config = GroupFormerConfig.from_pretrained(folder)
     kind = (config.architectures or ["GroupFormerForCausalLM"])[0].removeprefix("GroupFormer")

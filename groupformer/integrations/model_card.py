@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..measuring.cache import cache_bytes_per_token
 
 
 ATTRIBUTION = (
@@ -13,12 +14,6 @@ ATTRIBUTION = (
     "changed: images, tables, most formulas, references and teaching boilerplate were removed, and repeated "
     "paragraphs dropped. Access the books for free at https://openstax.org."
 )
-
-
-def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of KV cache that one token takes: a key and a value of `head_dim` numbers, per KV head and layer."""
-    heads = sum(layer.num_key_value_heads for layer in config.per_layer_config)
-    return 2 * heads * config.head_dim * dtype.itemsize
 
 
 def sharing(config: Any) -> str:

@@ -1,12 +1,12 @@
 """What is asked for, checked against a model's config before any work is done; and the config of the result."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 
+from ..conversion.counts import regrouped_config  # noqa: F401  the config of the result
 from ..model.configuration_groupformer import GroupFormerConfig, choices, divisors
 from .budget import check_budget, choose_counts
 from .grouping import GROUPINGS
@@ -122,21 +122,3 @@ def wanted_counts(config: GroupFormerConfig, wanted: int | str | Mapping[int, in
                 f"choose {choices(divisors(now))}"
             )
     return [int(count) for count in counts]
-
-
-def regrouped_config(config: GroupFormerConfig, counts: list[int]) -> GroupFormerConfig:
-    """A config with these counts: one number where all layers have the same, `per_layer_config` where not."""
-    fields = copy.deepcopy(config.to_dict())
-    overrides = {int(layer): dict(items) for layer, items in (fields.pop("per_layer_config", None) or {}).items()}
-    common = max(set(counts), key=counts.count)
-    for layer_idx, count in enumerate(counts):
-        layer = overrides.setdefault(layer_idx, {})
-        layer.pop("num_key_value_heads", None)
-        if count != common:
-            layer["num_key_value_heads"] = count
-    overrides = {layer: items for layer, items in overrides.items() if items}
-    fields["num_key_value_heads"] = common
-    if overrides:
-        fields["per_layer_config"] = overrides
-    fields["attn_implementation"] = config._attn_implementation
-    return GroupFormerConfig(**fields)
