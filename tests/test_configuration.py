@@ -91,7 +91,7 @@ def test_what_cannot_be_built_is_refused_with_field_value_and_remedy(fields, mes
 def test_a_file_that_cannot_be_built_is_refused_when_loaded(fields, message, tmp_path):
     content = json.loads(tiny_config().to_json_string(use_diff=False))
     for derived in ("head_dim", "layer_types", "rope_parameters", "num_key_value_heads"):
-        content.pop(derived)
+        content.pop(derived, None)
     per_layer = {str(index): layer for index, layer in fields.get("per_layer_config", {}).items()}
     content |= fields | ({"per_layer_config": per_layer} if per_layer else {})
     (tmp_path / "config.json").write_text(json.dumps(content))

@@ -6,6 +6,8 @@ a config is built or loaded; the modeling file trusts it. This file also travels
 imports nothing but transformers.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +17,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # Fields that `per_layer_config` may override in single layers; every other field is one for the whole model.
 PER_LAYER_FIELDS = ("num_key_value_heads", "sliding_window", "attention_multiplier", "intermediate_size")
+
+# Fields that follow from others unless they are given. A config remembers what was given: a derived value is derived
+# again whenever a field changes, and is never written to a file, so that loading with overrides equals building with
+# them. `per_layer_config` is among them because transformers drops what equals the global value.
+DERIVED_FIELDS = (
+    "head_dim",
+    "num_key_value_heads",
+    "rope_parameters",
+    "use_cache",
+    "per_layer_config",
+    "layer_types",
+    "label2id",
+)
+
+# Written into every config. A dictionary without it is from before: there the derived values stand among the others.
+CONFIG_FORMAT = 2
 
 # What a Hub repository of ours says about its code, so that all Auto classes find it with `trust_remote_code=True`.
 AUTO_MAP = {
@@ -36,6 +54,37 @@ def choices(options) -> str:
     """`[1, 2, 3]` as "1, 2 or 3", for error messages."""
     words = [str(option) for option in options]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def derive_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the derived fields are where they are not given, from the other fields of the same config."""
+    heads, rope = fields["num_attention_heads"], fields["position_embedding_type"] == "rope"
+    layers = {int(layer_idx): layer for layer_idx, layer in (fields.get("per_layer_config") or {}).items()}
+    windows = (
+        layers.get(layer_idx, {}).get("sliding_window", fields.get("sliding_window"))
+        for layer_idx in range(fields["num_hidden_layers"])
+    )
+    return {
+        "head_dim": fields["hidden_size"] // heads if heads > 0 else None,
+        "num_key_value_heads": heads,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"} if rope else None,
+        "use_cache": bool(fields["is_causal"]),
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "label2id": {label: int(label_id) for label_id, label in (fields.get("id2label") or {}).items()},
+    }
+
+
+def first_layers(fields: Mapping[str, Any], num_hidden_layers: int) -> dict[str, Any]:
+    """The fields with one entry a layer, without entries for further layers."""
+    types, layers = fields.get("layer_types"), fields.get("per_layer_config")
+    return {
+        **({"layer_types": types[:num_hidden_layers]} if types else {}),
+        **(
+            {"per_layer_config": {i: each for i, each in layers.items() if int(i) < num_hidden_layers}}
+            if layers
+            else {}
+        ),
+    }
 
 
 def _check_per_layer_fields(fields) -> None:
@@ -224,13 +273,11 @@ class GroupFormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Transformers' `from_dict`, for fields that come from a file: these name no code to fetch from the Hub.
+        """Build a config from a dictionary and overrides, as if it had been built with both.
 
-        Fewer layers than in the file (`from_pretrained(path, num_hidden_layers=2)`) are its first ones.
+        The dictionary may come from a file, so it may name no code to fetch from the Hub. Fewer layers than it has
+        (`from_pretrained(path, num_hidden_layers=2)`) are its first ones.
         """
-        layers, types = kwargs.get("num_hidden_layers"), config_dict.get("layer_types")
-        if layers is not None and types is not None and "layer_types" not in kwargs:
-            config_dict = {**config_dict, "layer_types": types[:layers], "num_hidden_layers": layers}
         for name in ("attn_implementation", "_attn_implementation"):
             chosen = config_dict.get(name)
             backends = chosen.values() if isinstance(chosen, dict) else [chosen]
@@ -239,35 +286,31 @@ class GroupFormerConfig(PreTrainedConfig):
                     f"{name} ({chosen!r}) in a config would fetch code from the Hub; take it out there, and pass it "
                     "to from_pretrained if you trust it"
                 )
-        return super().from_dict(config_dict, **kwargs)
+        config_dict = dict(config_dict)
+        if config_dict.pop("config_format", None) is None:
+            derived = derive_fields({**cls.default_config_fields(), **config_dict})
+            config_dict = {
+                name: value for name, value in config_dict.items() if name not in derived or value != derived[name]
+            }
+        names = {*cls.__dataclass_fields__, "per_layer_config", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+        overrides = {name: kwargs.pop(name) for name in (names - {"dtype"}) & set(kwargs)}
+        if "num_hidden_layers" in overrides:
+            config_dict |= first_layers(config_dict, overrides["num_hidden_layers"])
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads != 0:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}); choose another, or set head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if not self.is_causal:
-            self.use_cache = False
-        self._check_sizes()
-
-        uses_rope = self.position_embedding_type == "rope"
-        rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
-        if rope_parameters and not uses_rope:
-            raise ValueError(
-                f"rope_parameters ({rope_parameters}) needs position_embedding_type='rope', "
-                f"but it is {self.position_embedding_type!r}; remove one of the two"
-            )
+        kwargs.pop("config_format", None)
         # Transformers completes this dictionary in place, so it gets a copy: the caller's stays as it was.
-        self.rope_parameters = dict(rope_parameters) if rope_parameters else None
-
-        _check_per_layer_fields(
-            field for overrides in (kwargs.get("per_layer_config") or {}).values() for field in overrides
-        )
+        legacy = {name: kwargs.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
+        rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+        rope_parameters = {**{name: value for name, value in legacy.items() if value is not None}, **rope_parameters}
+        self.rope_parameters = None
+        per_layer_config = {
+            int(layer_idx): dict(overrides)
+            for layer_idx, overrides in (kwargs.pop("per_layer_config", None) or {}).items()
+        }
+        _check_per_layer_fields(field for overrides in per_layer_config.values() for field in overrides)
+        self._check_sizes()
         # A config loaded from the Hub names its code as "repo--module.Class"; the code travels with every save of
         # ours, so a saved config always names the files beside it.
         auto_map = kwargs.pop("auto_map", None) or AUTO_MAP
@@ -276,22 +319,89 @@ class GroupFormerConfig(PreTrainedConfig):
             name: reference.split("--")[-1] if isinstance(reference, str) else reference
             for name, reference in auto_map.items()
         }
-        if not uses_rope:
-            self.rope_parameters = None
-        if self.mlp_type == "plain":
-            plan = self.base_model_tp_plan
-            self.base_model_tp_plan = {name: how for name, how in plan.items() if not name.endswith("gate_proj")}
-        if self.layer_types is None:
-            self.layer_types = [
-                "full_attention" if layer.sliding_window is None else "sliding_attention" for layer in self._layers()
-            ]
+        given = {name: getattr(self, name) for name in DERIVED_FIELDS if name in self.__dataclass_fields__}
+        self._derive(
+            {**given, "rope_parameters": rope_parameters or None, "per_layer_config": per_layer_config or None}
+        )
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if "_given" in vars(self) and (name in self.__dataclass_fields__ or name == "per_layer_config"):
+            given = self._given_fields()
+            if name in given:
+                given[name] = value
+            if name == "num_hidden_layers":
+                given |= first_layers(given, value)
+            self._derive(given)
+
+    def _derive(self, given: dict[str, Any]) -> None:
+        """Set every derived field: to what is given for it, completed, or to what follows from the other fields."""
+        self.__dict__.pop("_given", None)  # while it is missing, setting a field derives nothing
+        try:
+            self.per_layer_config = None  # while it is set, transformers forbids reading what differs by layer
+            derived = derive_fields({**vars(self), "per_layer_config": given["per_layer_config"]})
+            if given["label2id"] == derived["label2id"]:  # transformers sets both where it is given `num_labels`
+                given = {**given, "label2id": None}
+            for name in ("head_dim", "num_key_value_heads", "layer_types", "label2id"):
+                setattr(self, name, derived[name] if given[name] is None else given[name])
+            self.use_cache = given["use_cache"] and self.is_causal
+            self.rope_parameters = copy.deepcopy(given["rope_parameters"])
+            if self.position_embedding_type == "rope":
+                self.convert_rope_params_to_dict()
+            self.per_layer_config = given["per_layer_config"]
+            gates = {name: how for name, how in type(self).base_model_tp_plan.items() if name.endswith("gate_proj")}
+            plan = {**(self.base_model_tp_plan or {}), **gates}
+            self.base_model_tp_plan = {n: how for n, how in plan.items() if self.mlp_type == "gated" or n not in gates}
+        finally:
+            self._derived = {name: copy.deepcopy(self._value(name)) for name in DERIVED_FIELDS}
+            self._given = given
+
+    def _value(self, name: str) -> Any:
+        """The field's value for the whole model; for `per_layer_config` whether there is one."""
+        return self.is_heterogeneous if name == "per_layer_config" else vars(self)[name]
+
+    def _given_fields(self) -> dict[str, Any]:
+        """What each derived field was given as. A value that was changed in place since then is a given one too."""
+        if "_given" not in vars(self):
+            return {}
+        given = dict(self._given)
+        for name in given:
+            if self._value(name) != self._derived[name]:
+                given[name] = None if name == "per_layer_config" else vars(self)[name]
+        return given
+
+    def _as_given(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The dictionary with derived fields as they were given; those that were not given are left out."""
+        for name in ("_given", "_derived"):
+            output.pop(name, None)
+        for name, value in self._given_fields().items():
+            if name == "per_layer_config" and value and not self.serialize_explicit_per_layer_config:
+                digits = len(str(max(value)))  # transformers' own way, so that the keys sort in JSON
+                output[name] = {str(layer_idx).zfill(digits): dict(value[layer_idx]) for layer_idx in sorted(value)}
+            elif name != "per_layer_config" and value != vars(self)[name]:
+                output[name] = copy.deepcopy(value)
+                if value == self.__dataclass_fields__[name].default:
+                    del output[name]
+        return {**output, "config_format": CONFIG_FORMAT}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Transformers' `to_dict`, with what was given: derived values are left out."""
+        return self._as_given(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Transformers' `to_diff_dict`, which `save_pretrained` writes: derived values are left out."""
+        return self._as_given(super().to_diff_dict())
 
     def _layers(self) -> list["GroupFormerConfig"]:
         """The config of each layer. Transformers makes them one by one; where they don't differ, it is this one."""
         return list(self.per_layer_config) if self.is_heterogeneous else [self] * self.num_hidden_layers
 
-    # Without this line the dataclass machinery would write one that cannot compare heterogeneous configs.
-    __eq__ = PreTrainedConfig.__eq__
+    def __eq__(self, other):
+        """Whether all values are equal, given or derived."""
+        if not isinstance(other, PreTrainedConfig):
+            return NotImplemented
+        memory = {"_given": None, "_derived": None}
+        return {**vars(self), **memory} == {**vars(other), **memory}
 
     def validate_architecture(self):
         """Refuses what cannot be built. Runs by itself when a config is built or loaded."""
@@ -423,6 +533,12 @@ class GroupFormerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 0 and below 1")
+        given_head_dim = vars(self).get("_given", vars(self))["head_dim"]
+        if given_head_dim is None and self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}); choose another, or set head_dim"
+            )
         if self.logits_scaling == 0:
             raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
 
@@ -461,6 +577,11 @@ class GroupFormerConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act ({self.hidden_act!r}) is unknown; choose {choices(sorted(ACT2FN))}")
 
     def _check_positions(self) -> None:
+        if self.rope_parameters and self.position_embedding_type != "rope":
+            raise ValueError(
+                f"rope_parameters ({self.rope_parameters}) needs position_embedding_type='rope', "
+                f"but it is {self.position_embedding_type!r}; remove one of the two"
+            )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2 != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be even with position_embedding_type='sinusoidal': "

@@ -1,0 +1,194 @@
+"""Fields that follow from others: a config loaded with overrides, or changed, is the one built with them."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from groupformer import GroupFormerConfig, GroupFormerForCausalLM
+
+from . import strategies
+from .helpers import tiny_config
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+# The fields of a config, what is overridden in it, and what the override must have changed with it.
+OVERRIDES = {
+    "window": ({}, {"sliding_window": 4}, {"layer_types": ["sliding_attention"] * 2}),
+    "no window": ({"sliding_window": 4}, {"sliding_window": None}, {"layer_types": ["full_attention"] * 2}),
+    "encoder": ({}, {"is_causal": False}, {"use_cache": False}),
+    "decoder": ({"is_causal": False}, {"is_causal": True}, {"use_cache": True}),
+    "no cache": ({"use_cache": False, "is_causal": False}, {"is_causal": True}, {"use_cache": False}),
+    "heads": ({}, {"num_attention_heads": 8}, {"num_key_value_heads": 8, "head_dim": 4}),
+    "width": ({}, {"hidden_size": 64}, {"head_dim": 16}),
+    "head width": ({}, {"head_dim": 16}, {"head_dim": 16}),
+    "given heads": ({"num_key_value_heads": 4, "head_dim": 8}, {"num_attention_heads": 8}, {"num_key_value_heads": 4, "head_dim": 8}),  # noqa: E501
+    "kv heads": ({}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2}),
+    "kv heads by default again": ({"num_key_value_heads": 2}, {"num_key_value_heads": None}, {"num_key_value_heads": 4}),  # noqa: E501
+    "layers": ({"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"layer_types": ["full_attention"] * 2}),
+    "more layers": ({}, {"num_hidden_layers": 3}, {"layer_types": ["full_attention"] * 3}),
+    "positions": ({}, {"position_embedding_type": "alibi"}, {"rope_parameters": None}),
+    "rope": ({"position_embedding_type": "none"}, {"position_embedding_type": "rope"}, {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),  # noqa: E501
+    "base of rope": ({}, {"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    "length": ({"rope_parameters": YARN}, {"max_position_embeddings": 32}, {"rope_parameters": {**YARN, "rope_theta": 10000.0, "original_max_position_embeddings": 32}}),  # noqa: E501
+    "plain": ({}, {"mlp_type": "plain"}, {}),
+    "gated": ({"mlp_type": "plain"}, {"mlp_type": "gated"}, {}),
+    "by layer": ({}, {"per_layer_config": {1: {"sliding_window": 4}}}, {"layer_types": ["full_attention", "sliding_attention"]}),  # noqa: E501
+    "not by layer": ({"per_layer_config": {1: {"sliding_window": 4}}}, {"per_layer_config": None}, {"layer_types": ["full_attention"] * 2}),  # noqa: E501
+    "a layer that has the default": ({"per_layer_config": {1: {"num_key_value_heads": 4}}}, {"num_key_value_heads": 2}, {}),  # noqa: E501
+    "labels": ({"id2label": {0: "a", 1: "b", 2: "c"}}, {"id2label": {0: "b", 1: "a"}}, {"label2id": {"b": 0, "a": 1}}),
+}  # fmt: skip
+
+
+# What a loaded config has, and a built one has not.
+OF_A_FILE = ("model_type", "transformers_version")
+
+
+def assert_same(config, built):
+    """The same values, what follows from them, and what is written."""
+    found, expected = (
+        {name: value for name, value in vars(each).items() if not name.startswith("_") and name not in OF_A_FILE}
+        for each in (config, built)
+    )
+    assert found == expected
+    assert config.base_model_tp_plan == built.base_model_tp_plan
+    for name in ("num_key_value_heads", "sliding_window", "intermediate_size"):
+        found, expected = ([getattr(layer, name) for layer in each.per_layer_config] for each in (config, built))
+        assert found == expected
+    assert config.to_dict() == built.to_dict()
+
+
+def loaded(config, folder, **overrides):
+    """What is saved in the folder, loaded with overrides; its path is no part of the comparison."""
+    config.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **overrides)
+    config.name_or_path = ""
+    return config
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_a_config_loaded_or_changed_is_the_one_built_so(name, tmp_path):
+    fields, overrides, expected = OVERRIDES[name]
+    config, built = tiny_config(**fields), tiny_config(**{**fields, **overrides})
+    assert {field: getattr(built, field) for field in expected} == expected
+    assert_same(loaded(config, tmp_path, **overrides), built)
+    assert_same(GroupFormerConfig.from_dict(config.to_dict(), **overrides), built)
+    assert_same(GroupFormerConfig(**{**config.to_dict(), **overrides}), built)
+    if "rope_theta" not in overrides:  # a word of older configs, and no field
+        for copied in (
+            config,
+            copy.deepcopy(tiny_config(**fields)),
+            pickle.loads(pickle.dumps(tiny_config(**fields))),
+        ):
+            copied.update(overrides)
+            assert_same(copied, built)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OVERRIDES if name not in ("given heads", "no cache", "a layer that has the default")]
+)
+def test_a_file_with_every_derived_value_loads_with_overrides_too(name, tmp_path):
+    """As files were written at first. A given value that equals the derived one cannot be told from it."""
+    fields, overrides, _ = OVERRIDES[name]
+    config = tiny_config(**fields)
+    content = {**config.to_dict(), "head_dim": config.head_dim, "layer_types": config.layer_types}
+    content |= {"num_key_value_heads": config.num_key_value_heads, "use_cache": config.use_cache}
+    content |= {"id2label": config.id2label, "label2id": config.label2id}
+    content |= {} if "rope_parameters" in fields else {"rope_parameters": config.rope_parameters}
+    del content["config_format"]
+    (tmp_path / "config.json").write_text(json.dumps(content, default=str))
+    config = AutoConfig.from_pretrained(tmp_path, **overrides)
+    config.name_or_path = ""
+    assert_same(config, tiny_config(**{**fields, **overrides}))
+
+
+@settings(max_examples=150, deadline=None)
+@given(fields=strategies.legal_fields(), others=strategies.legal_fields(), data=st.data())
+@example(fields={"num_attention_heads": 2}, others={"num_attention_heads": 4}, data=None)
+def test_loading_with_overrides_equals_building_with_them(fields, others, data, tmp_path_factory):
+    """Some derived fields are not given, and any fields of another config are overridden."""
+    if data is not None:
+        derived = ["head_dim", "num_key_value_heads", "rope_parameters", "layer_types"]
+        left_out = data.draw(st.sets(st.sampled_from(derived)), label="left out")
+        fields = {name: value for name, value in fields.items() if name not in left_out}
+        names = data.draw(st.sets(st.sampled_from(sorted(others))), label="overridden")
+        others = {name: others[name] for name in names}
+    try:
+        config = GroupFormerConfig(**fields)
+        built = GroupFormerConfig(**{**fields, **others})
+    except (ValueError, StrictDataclassError):
+        assume(False)
+    assert_same(loaded(config, tmp_path_factory.mktemp("config"), **others), built)
+    for name, value in others.items():
+        if name != "attn_implementation":
+            setattr(config, name, value)
+    config._attn_implementation = built._attn_implementation
+    assert_same(config, built)
+    config.validate()
+
+
+@pytest.mark.parametrize("how", ["loaded", "changed"])
+def test_fewer_layers_are_the_first_ones(how, tmp_path):
+    fields = dict(
+        num_hidden_layers=4,
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        per_layer_config={0: {"num_key_value_heads": 2}, 3: {"num_key_value_heads": 1}},
+    )
+    config = tiny_config(**fields)
+    if how == "loaded":
+        config = loaded(config, tmp_path, num_hidden_layers=2)
+    else:
+        config.num_hidden_layers = 2
+    shorter = {
+        "num_hidden_layers": 2,
+        "layer_types": fields["layer_types"][:2],
+        "per_layer_config": {0: {"num_key_value_heads": 2}},
+    }  # noqa: E501
+    assert_same(config, tiny_config(**{**fields, **shorter}))
+
+
+def test_an_override_that_cannot_be_built_is_refused_when_it_is_loaded(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=r"num_key_value_heads \(3\); choose 1, 2 or 4"):
+        AutoConfig.from_pretrained(tmp_path, num_key_value_heads=3)
+
+
+def test_what_is_changed_in_place_is_given_from_then_on(tmp_path):
+    config = tiny_config()
+    config.rope_parameters["rope_theta"] = 500.0
+    config.layer_types[0] = "sliding_attention"
+    config.sliding_window = 4
+    assert config.rope_parameters["rope_theta"] == 500.0
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert_same(loaded(config, tmp_path), config)
+
+
+@pytest.mark.parametrize("saved", [{"num_labels": 3}, {"id2label": {0: "no", 1: "yes", 2: "maybe"}}])
+def test_labels_loaded_with_another_number_are_new_ones(saved, tmp_path):
+    config = loaded(tiny_config(**saved), tmp_path, num_labels=4)
+    assert config.id2label == {number: f"LABEL_{number}" for number in range(4)}
+    assert config.label2id == {f"LABEL_{number}": number for number in range(4)}
+
+
+def test_a_saved_config_holds_what_was_given_and_nothing_derived(tmp_path):
+    tiny_config(head_dim=8).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["head_dim"] == 8
+    assert not {"num_key_value_heads", "layer_types", "rope_parameters", "_given", "_derived"} & set(content)
+
+
+def test_a_model_loads_with_a_config_that_was_changed(tmp_path):
+    GroupFormerForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.sliding_window = 4
+    given = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    by_name = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=4)
+    assert given.config.layer_types == by_name.config.layer_types == ["sliding_attention"] * 2
+    assert AutoModelForCausalLM.from_config(config).model.layers[0].self_attn.sliding_window == 4
