@@ -68,7 +68,7 @@ test-app: $(READY)  ## Run the tests of the app, in an environment of its own an
 	$(BIN)/python -m venv $(APP_VENV)
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		"$$($(APP_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-	$(APP_VENV)/bin/python -m pip install --quiet "gradio>=6" playwright
+	$(APP_VENV)/bin/python -m pip install --quiet "gradio>=6.31" playwright
 	command -v chromium || $(APP_VENV)/bin/python -m playwright install chromium
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_app.py tests/test_app_browser.py
 

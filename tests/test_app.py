@@ -1,6 +1,7 @@
 """The app, without a browser: what its tabs compute and draw, and what they say about bad input."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ pytest.importorskip("gradio", reason="the app needs gradio: make test-app")
 pytest.importorskip("matplotlib", reason="the app needs matplotlib: make test-app")
 
 import gradio as gr
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
-from groupformer.app import build, read_config, told
+from groupformer.app import as_gradio_error, build, check_context, check_port, launch, read_config
 from groupformer.app.session import Session
-from groupformer.app.views import attention_html, labels
+from groupformer.app.views import attention_html, labels, table_html
 
 from .helpers import randomize, tiny_config
 
@@ -55,10 +56,11 @@ def test_text_that_cannot_be_used_is_refused(prompt, message, session):
 
 
 def test_the_comparison_shows_the_original_and_the_smaller_cache(session):
-    original, small = session.compare(1)
-    assert [original[1], small[1]] == ["4", "1"]
-    assert original[2] == 4 * small[2] == 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
-    assert original[4] > 0 and small[4] > 0
+    rows = {name: cells for name, *cells in session.compare(1)}
+    assert rows["KV heads"] == ["4", "1"]
+    original, small = rows["cache, bytes a token"]
+    assert original == 4 * small == 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
+    assert min(rows["bits per byte"]) > 0
 
 
 def test_counts_that_do_not_divide_snap_to_the_next_smaller(session):
@@ -66,6 +68,14 @@ def test_counts_that_do_not_divide_snap_to_the_next_smaller(session):
     count, model = session.with_kv_heads(3)
     assert count == 2 and model.config.num_key_value_heads == 2
     assert session.with_kv_heads(3)[1] is model  # made once
+
+
+def test_a_regrouped_model_is_saved_and_nothing_is_replaced(session, tmp_path):
+    assert session.save(2, tmp_path / "small") == "GroupFormerForCausalLM"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert saved.config.num_key_value_heads == 2
+    with pytest.raises(ValueError, match="is not empty"):
+        session.save(1, tmp_path / "small")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -122,7 +132,18 @@ def test_a_config_is_read_from_text():
 @pytest.mark.parametrize("text", ['{"hidden_size"', "{}", '{"model_type": "nobody"}', "/no/such/folder", '["llama"]'])
 def test_what_is_no_config_becomes_a_message(text):
     with pytest.raises(gr.Error):
-        told(read_config)(text)
+        as_gradio_error(read_config)(text)
+
+
+def test_the_planner_respects_the_models_positions(session):
+    check_context(session.model.config, 256)
+    with pytest.raises(ValueError, match="257 tokens exceed the 256 positions of this model; choose 256 or fewer"):
+        check_context(session.model.config, 257)
+
+
+def test_a_table_names_its_rows_and_escapes_its_cells():
+    page = table_html(["", "original"], [["<b>", 16384]])
+    assert '<th scope="row">&lt;b&gt;</th><td>16,384</td>' in page
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -131,12 +152,23 @@ def test_what_is_no_config_becomes_a_message(text):
 def test_the_page_has_its_tabs(session):
     page = build(session)
     names = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
-    assert names == ["Generate", "Regroup", "Attention", "Memory"]
+    assert names == ["Regroup", "Generate", "Attention", "Memory"]
 
 
-def test_a_native_model_is_sent_to_the_bridge(tmp_path):
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=16384, **shape)).save_pretrained(tmp_path)
-    GroupFormerTokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM; import it first"):
-        Session.load(tmp_path)
+def test_a_busy_port_is_named_before_a_model_is_loaded():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port \({port}\) on 127.0.0.1: Address already in use; choose another"):
+            launch("no/such/model", port=port)
+    check_port("127.0.0.1", port)
+
+
+def test_starting_prints_nothing_of_its_own(session, capsys, monkeypatch):
+    monkeypatch.setattr(Session, "load", lambda source, device: session)
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: page.close())
+    addresses = []
+    launch(on_start=addresses.append)
+    assert addresses[0].startswith("http://127.0.0.1:")
+    assert "share" not in capsys.readouterr().out

@@ -51,7 +51,7 @@ def opened(browser, address, *, dark=False, width=1280, height=900):
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(address + ("?__theme=dark" if dark else "?__theme=light"))
-    page.get_by_role("tab", name="Generate").wait_for()
+    page.get_by_role("tab", name="Regroup").wait_for()
     return page
 
 
@@ -77,6 +77,7 @@ def text_of(page, element):
 
 
 def test_text_streams_in(page):
+    go_to(page, "Generate")
     text_of(page, "prompt").fill("The river")
     page.locator("#generate-button").click()
     playwright.expect(text_of(page, "generated")).to_have_value(re.compile(r"^\s*The river\W.*\w"))
@@ -84,6 +85,7 @@ def test_text_streams_in(page):
 
 
 def test_an_empty_prompt_is_a_message(page):
+    go_to(page, "Generate")
     text_of(page, "prompt").fill("")
     page.locator("#generate-button").click()
     message = page.get_by_text("The text is empty; write something to go on from.")
@@ -92,19 +94,26 @@ def test_an_empty_prompt_is_a_message(page):
     picture(page, "empty")
 
 
-def test_the_model_is_regrouped_live(page):
-    go_to(page, "Regroup")
-    slider = page.locator("#kv input[type=number]")
-    slider.fill("2")
-    slider.press("Enter")
+def rows_of(page, table):
+    """The cells of a table's rows by the names of the rows."""
+    rows = page.locator(f"#{table} tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+
+
+def regrouped(page, kv_heads):
+    page.locator("#kv input").fill(kv_heads)
     page.locator("#regroup-button").click()
+    page.locator("#comparison tbody tr").first.wait_for()
+
+
+def test_the_model_is_regrouped_live(page):
+    regrouped(page, "2")
     page.locator("#regroup-note").get_by_text("The cache shrinks to 2 of 8 heads: 25%").wait_for()
-    rows = page.locator("#comparison").get_by_role("row")
-    playwright.expect(rows).to_have_count(3)
-    cells = [rows.nth(place).get_by_role("gridcell").all_inner_texts() for place in (1, 2)]
-    original, small = ([text.strip() for text in row] for row in cells)
-    assert int(original[2]) == 4 * int(small[2])
-    assert 1 < float(original[4]) <= float(small[4]) < 4
+    rows = rows_of(page, "comparison")
+    original, small = (int(cell.replace(",", "")) for cell in rows["cache, bytes a token"])
+    assert original == 4 * small
+    before, after = map(float, rows["bits per byte"])
+    assert 1 < before <= after < 4
     playwright.expect(text_of(page, "after")).to_have_value(re.compile(r"The cell membrane is\s+\S+"))
     picture(page, "regroup", full_page=True)
 
@@ -132,7 +141,7 @@ def test_a_token_is_clicked_and_its_attention_shown(page):
 def test_memory_is_planned_and_bad_configs_are_messages(page):
     go_to(page, "Memory")
     page.locator("#plan-button").click()
-    page.locator("#plan").get_by_role("gridcell", name="8 (now)").wait_for()
+    page.locator("#plan").get_by_text("8 (now)").wait_for()
     page.locator("#plan-plot img, #plan-plot canvas").first.wait_for()
     picture(page, "memory", full_page=True)
     text_of(page, "config").fill('{"hidden_size": ')
@@ -141,7 +150,7 @@ def test_memory_is_planned_and_bad_configs_are_messages(page):
 
 
 def test_the_keyboard_is_enough(page):
-    page.get_by_role("tab", name="Generate").focus()
+    page.get_by_role("tab", name="Regroup").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     go_to(page, "Attention")
@@ -150,24 +159,32 @@ def test_the_keyboard_is_enough(page):
     playwright.expect(page.locator("#attention .gf-query").first).to_have_text(re.compile("river"))
 
 
-@pytest.mark.parametrize("tab", ["Generate", "Regroup", "Attention", "Memory"])
+TABS = ["Regroup", "Generate", "Attention", "Memory"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_phone_shows_all_tabs_and_bits_per_byte(browser, address, dark):
+    page = opened(browser, address, width=390, height=844, dark=dark)
+    boxes = [page.get_by_role("tab", name=tab).first.bounding_box() for tab in TABS]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+    regrouped(page, "2")
+    for name, cells in rows_of(page, "comparison").items():
+        row = page.locator("#comparison tr").filter(has_text=name).bounding_box()
+        assert len(cells) == 2 and row["x"] >= 0 and row["x"] + row["width"] <= 390
+    assert "bits per byte" in rows_of(page, "comparison")
+    picture(page, f"phone-regrouped-{'dark' if dark else 'light'}", full_page=True)
+    page.close()
+
+
+@pytest.mark.parametrize("tab", TABS)
 def test_a_phone_needs_no_sideways_scrolling(browser, address, tab):
     page = opened(browser, address, width=390, height=844)
-    go_to_on_phone(page, tab)
+    go_to(page, tab)
     page.wait_for_timeout(500)
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     picture(page, f"phone-{tab}", full_page=tab == "Memory")
     page.close()
     assert overflow <= 0
-
-
-def go_to_on_phone(page, tab):
-    """Tabs that do not fit stand behind a menu."""
-    button = page.get_by_role("tab", name=tab)
-    if not button.first.is_visible():
-        page.locator(".overflow-menu button").first.click()
-        button = page.locator(".overflow-dropdown button").filter(has_text=tab)
-    button.first.click()
 
 
 def test_dark_mode_is_dark_and_readable(browser, address):

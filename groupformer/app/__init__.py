@@ -1,4 +1,4 @@
-"""A page to try a GroupFormer on: generate, regroup it live, see where its heads look, and plan its cache.
+"""A page to try a decoder on: regroup it, generate, see where its heads look, and plan its cache.
 
     groupformer app                    # the checkpoint that ships
     groupformer app path/or/hub-id
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,28 +18,19 @@ from typing import Any
 
 import gradio as gr
 
-from ..commands.shared import checkpoint
 from ..measuring import planning
 from .session import Session
-from .views import attention_html, labels
+from .views import attention_html, labels, table_html
 
 
 SENTENCE = "I am sitting near a river bank"
 PROMPT = "The cell membrane is"
-COMPARISON = ["model", "KV heads", "cache bytes per token", "tokens per second", "bits per byte"]
-PLAN = [
-    "KV heads",
-    "bytes per token",
-    "weights, GB",
-    "cache, GB",
-    "share of now",
-    "sequences that fit",
-    "tokens/s at most",
-]
+NEW_TOKENS = 24  # of each model in the comparison
+PLAN = ["KV heads", "bytes a token", "weights, GB", "cache, GB", "of now", "fit", "tokens/s at most"]
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing is fetched
 
 
-def told(work: Callable[..., Any]) -> Callable[..., Any]:
+def as_gradio_error(work: Callable[..., Any]) -> Callable[..., Any]:
     """Turns errors that a user can mend into messages on the page."""
 
     @functools.wraps(work)
@@ -51,7 +43,7 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def told_stream(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def as_gradio_error_stream(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """The same for what comes piece by piece."""
 
     @functools.wraps(work)
@@ -69,14 +61,15 @@ def build(source: str | Path | Session | None = None) -> gr.Blocks:
     session = source if isinstance(source, Session) else Session.load(source)
     with gr.Blocks(title="GroupFormer", analytics_enabled=False) as page:
         gr.Markdown(f"# GroupFormer\n{describe(session)}")
-        with gr.Tab("Generate", id="generate"):
-            generate_tab(session)
-        with gr.Tab("Regroup", id="regroup"):
-            regroup_tab(session)
-        with gr.Tab("Attention", id="attention"):
-            attention_tab(session)
-        with gr.Tab("Memory", id="memory"):
-            memory_tab(session)
+        with gr.Tabs(overflow_behavior="wrap"):  # a phone shows all of them, in two lines
+            with gr.Tab("Regroup", id="regroup"):
+                regroup_tab(session)
+            with gr.Tab("Generate", id="generate"):
+                generate_tab(session)
+            with gr.Tab("Attention", id="attention"):
+                attention_tab(session)
+            with gr.Tab("Memory", id="memory"):
+                memory_tab(session)
     return page
 
 
@@ -86,24 +79,110 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     device: str | None = None,
+    on_start: Callable[[str], None] = lambda address: None,
     **options: Any,
 ) -> None:
-    """Builds the page and serves it until it is stopped."""
+    """Builds the page and serves it until it is stopped.
+
+    Args:
+        source: Folder or Hub id. Default: the checkpoint that ships.
+        host: Address to listen on.
+        port: Default: the first free one from 7860.
+        device: Default: the best there is.
+        on_start: Called with the page's address once it answers.
+        options: Of Gradio's `launch`.
+
+    Raises:
+        ValueError: another program listens on the port; or what `Session.load` raises.
+    """
+    if port is not None:
+        check_port(host, port)
+    page = build(Session.load(source, device))
     theme = gr.themes.Default(**FONTS)
-    build(Session.load(source, device)).queue().launch(
-        server_name=host, server_port=port, theme=theme, footer_links=[], **options
+    _, address, _ = page.queue().launch(
+        server_name=host,
+        server_port=port,
+        theme=theme,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+        **options,
     )
+    on_start(address)
+    page.block_thread()
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that another program listens on, before a model is loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port ({port}) on {host}: {error.strerror}; choose another --port, or none") from error
 
 
 def describe(session: Session) -> str:
     config = session.model.config
-    counts = sorted({layer.num_key_value_heads for layer in config.per_layer_config})
-    heads = f"{config.num_attention_heads} query heads on {' or '.join(map(str, counts))} key-value heads"
+    counts = " or ".join(map(str, sorted(set(session.kv_heads()))))
+    heads = f"{config.num_attention_heads} query heads on {counts} key-value heads"
     size = f"{session.model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers"
     return f"`{session.name}`: {size}, {heads}."
 
 
 # Tabs ----------------------------------------------------------------------------------------------------------------
+
+
+def regroup_tab(session: Session) -> None:
+    gr.Markdown(
+        "Fewer key-value heads for any decoder of transformers, in its own class where that class can express it: "
+        "merged in closed form (svd, similar heads together, calibrated on a short text), without training. Bits per "
+        "byte are measured on text that the merge has not seen; less is better. Speed is measured now, on this "
+        "machine. For checkpoints larger than the memory, `groupformer regroup` streams from folder to folder."
+    )
+    counts = session.legal_counts()
+    source = gr.Textbox("", label="Folder or Hub id; empty: the model above", elem_id="regroup-source")
+    with gr.Row():
+        kv_heads = gr.Number(
+            counts[max(0, len(counts) - 2)], label="KV heads", precision=0, minimum=1, elem_id="kv", min_width=120
+        )
+        target = gr.Textbox("", label="Save to a new folder; empty: only compare", elem_id="regroup-target")
+    prompt = gr.Textbox(PROMPT, label="Text to go on from, with both", elem_id="regroup-prompt")
+    start = gr.Button("Regroup", variant="primary", elem_id="regroup-button")
+    note = gr.Markdown(elem_id="regroup-note")
+    table = gr.HTML(elem_id="comparison")
+    with gr.Row():
+        before = gr.Textbox(label="Original", lines=4, interactive=False, elem_id="before")
+        after = gr.Textbox(label="Regrouped", lines=4, interactive=False, elem_id="after")
+    others: dict[str, Session] = {}  # the last checkpoint that was loaded here
+
+    def session_of(text: str) -> Session:
+        if not text:
+            return session
+        if text not in others:
+            others.clear()
+            others[text] = Session.load(text, str(session.model.device))
+        return others[text]
+
+    def work(text: str, wanted: float, folder: str, prompt: str) -> tuple[Any, ...]:
+        chosen = session_of(text.strip())
+        chosen.read(prompt, NEW_TOKENS)
+        legal = chosen.legal_counts()
+        if len(legal) == 1:
+            raise ValueError("This model has one key-value head already: there is nothing left to share.")
+        count, small = chosen.with_kv_heads(int(wanted or 1))
+        lines = (
+            [] if count == wanted else [f"{wanted} is not legal here ({', '.join(map(str, legal))}): {count} taken."]
+        )
+        lines.append(f"The cache shrinks to {count} of {legal[-1]} heads: {count / legal[-1]:.0%}.")
+        lines.append(f"The result is a {type(small).__name__}.")
+        if folder.strip():
+            chosen.save(count, folder.strip())
+            lines.append(f"Saved to `{folder.strip()}`.")
+        texts = [list(chosen.stream(prompt, NEW_TOKENS, 0.0, model))[-1] for model in (chosen.model, small)]
+        return " ".join(lines), table_html(["", "original", "regrouped"], chosen.compare(count)), *texts
+
+    start.click(as_gradio_error(work), [source, kv_heads, target, prompt], [note, table, before, after])
 
 
 def generate_tab(session: Session) -> None:
@@ -116,44 +195,9 @@ def generate_tab(session: Session) -> None:
         stop = gr.Button("Stop", elem_id="stop-button")
     output = gr.Textbox(label="Text", lines=6, interactive=False, elem_id="generated")
     inputs = [prompt, length, temperature]
-    running = start.click(told_stream(session.stream), inputs, output)
-    typed = prompt.submit(told_stream(session.stream), inputs, output)
+    running = start.click(as_gradio_error_stream(session.stream), inputs, output)
+    typed = prompt.submit(as_gradio_error_stream(session.stream), inputs, output)
     stop.click(None, cancels=[running, typed])
-
-
-def regroup_tab(session: Session) -> None:
-    counts = session.legal_counts()
-    gr.Markdown(
-        "Merges key-value heads in closed form (svd, similar heads together), without training. Bits per byte are "
-        "measured on text that the merge has not seen; less is better. Speed is measured now, on this machine."
-    )
-    if len(counts) == 1:
-        gr.Markdown("This model has one key-value head already: there is nothing left to share.")
-        return
-    slider = gr.Slider(
-        1, counts[-1], value=counts[-2], step=1, label=f"KV heads (legal: {', '.join(map(str, counts))})", elem_id="kv"
-    )
-    prompt = gr.Textbox(PROMPT, label="Text to go on from, with both", elem_id="regroup-prompt")
-    start = gr.Button("Regroup", variant="primary", elem_id="regroup-button")
-    note = gr.Markdown(elem_id="regroup-note")
-    table = gr.Dataframe(headers=COMPARISON, interactive=False, elem_id="comparison", column_widths=widths(COMPARISON))
-    with gr.Row():
-        before = gr.Textbox(label="Original", lines=4, interactive=False, elem_id="before")
-        after = gr.Textbox(label="Regrouped", lines=4, interactive=False, elem_id="after")
-
-    def work(wanted: float, text: str) -> tuple[Any, ...]:
-        session.read(text, 24)
-        count, small = session.with_kv_heads(int(wanted))
-        snapped = f"{int(wanted)} is not legal here: {count} taken. " if count != int(wanted) else ""
-        dtype = str(session.model.dtype).removeprefix("torch.")
-        share = (
-            f"{snapped}The cache shrinks to {count} of {counts[-1]} heads: {count / counts[-1]:.0%}. "
-            f"Its bytes are counted in {dtype}, in which the model runs here."
-        )
-        texts = [list(session.stream(text, 24, 0.0, model))[-1] for model in (session.model, small)]
-        return share, session.compare(count), *texts
-
-    start.click(told(work), [slider, prompt], [note, table, before, after])
 
 
 def attention_tab(session: Session) -> None:
@@ -166,10 +210,10 @@ def attention_tab(session: Session) -> None:
     # 0 stands for the model as it is: a radio takes None for no choice.
     kv_heads = gr.Radio([("as it is", 0), *fewer], value=0, label="KV heads", elem_id="attention-kv")
     start = gr.Button("Look", variant="primary", elem_id="look-button")
-    shown = session.attend(SENTENCE)
-    last = len(shown.tokens) - 1
-    token = gr.Radio(labels(shown.tokens), value=last, label="Token that looks", elem_id="token")
-    picture = gr.HTML(attention_html(shown, last), elem_id="attention")
+    first = session.attend(SENTENCE)
+    last = len(first.tokens) - 1
+    token = gr.Radio(labels(first.tokens), value=last, label="Token that looks", elem_id="token")
+    picture = gr.HTML(attention_html(first, last), elem_id="attention")
 
     def look(text: str, count: int) -> tuple[Any, str]:
         found = session.attend(text, count or None)
@@ -180,10 +224,10 @@ def attention_tab(session: Session) -> None:
         found = session.attend(text, count or None)
         return attention_html(found, min(index, len(found.tokens) - 1))
 
-    start.click(told(look), [sentence, kv_heads], [token, picture])
-    sentence.submit(told(look), [sentence, kv_heads], [token, picture])
+    start.click(as_gradio_error(look), [sentence, kv_heads], [token, picture])
+    sentence.submit(as_gradio_error(look), [sentence, kv_heads], [token, picture])
     for choice in (token, kv_heads):
-        choice.change(told(choose), [sentence, kv_heads, token], picture)
+        choice.change(as_gradio_error(choose), [sentence, kv_heads, token], picture)
 
 
 def memory_tab(session: Session) -> None:
@@ -191,17 +235,19 @@ def memory_tab(session: Session) -> None:
     source = gr.Textbox(
         "", label="config.json, as text; or a folder or Hub id; empty: the model above", lines=3, elem_id="config"
     )
+    longest = min(4096, session.position_limit or 4096)
     with gr.Row():
-        context = gr.Number(4096, label="Tokens of each sequence", precision=0, minimum=1, elem_id="context")
+        context = gr.Number(longest, label="Tokens of each sequence", precision=0, minimum=1, elem_id="context")
         batch = gr.Number(1, label="Sequences together", precision=0, minimum=1)
         memory = gr.Number(24, label="GPU memory, GB", minimum=0.001)
         bandwidth = gr.Number(1000, label="Its bandwidth, GB/s", minimum=0.001)
     start = gr.Button("Plan", variant="primary", elem_id="plan-button")
-    table = gr.Dataframe(headers=PLAN, interactive=False, elem_id="plan", column_widths=widths(PLAN))
+    table = gr.HTML(elem_id="plan")
     plot = gr.Plot(show_label=False, elem_id="plan-plot")
 
-    def work(text: str, context: float, batch: float, memory: float, bandwidth: float) -> tuple[list, Any]:
+    def work(text: str, context: float, batch: float, memory: float, bandwidth: float) -> tuple[str, Any]:
         config = session.model.config if not text.strip() else read_config(text.strip())
+        check_context(config, int(context))
         hardware = planning.Hardware(memory=memory * 1e9, bandwidth=bandwidth * 1e9)
         plans = planning.plan(config, int(context), int(batch), hardware)
         rows = [
@@ -216,14 +262,19 @@ def memory_tab(session: Session) -> None:
             ]
             for each in plans
         ]
-        return rows, planning.figure_of(plans, f"{int(batch)} x {int(context):,} tokens in {memory:g} GB, bfloat16")
+        title = f"{int(batch)} x {int(context):,} tokens in {memory:g} GB, bfloat16"
+        return table_html(PLAN, rows), planning.figure_of(plans, title)
 
-    start.click(told(work), [source, context, batch, memory, bandwidth], [table, plot])
+    start.click(as_gradio_error(work), [source, context, batch, memory, bandwidth], [table, plot])
 
 
-def widths(headers: list[str]) -> list[str]:
-    """Columns as wide as their names: a phone scrolls the table instead of breaking words."""
-    return [f"{max(110, 40 + 9 * len(header))}px" for header in headers]
+def check_context(config: Any, context: int) -> None:
+    """Refuses more tokens than the model has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"{context:,} tokens exceed the {limit:,} positions of this model; choose {limit:,} or fewer."
+        )
 
 
 def read_config(text: str) -> Any:
@@ -233,7 +284,6 @@ def read_config(text: str) -> Any:
         ValueError: neither.
     """
     if not text.startswith("{"):
-        checkpoint(text)
         return planning.load_config(text)
     try:
         json.loads(text)

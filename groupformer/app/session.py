@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 import groupformer
 
-from ..conversion.loading import best_device
-from ..measuring.cache import cache_bytes_per_token
+from ..conversion.loading import best_device, load_checked, load_tokenizer
+from ..measuring.cache import cache_bytes_per_token, decoder_of, layer_caches
 from ..measuring.evaluation import evaluate
 from ..measuring.speed import measure
 from ..model.configuration_groupformer import divisors
+from ..samples import sample_text, shipped_checkpoint
 
 
 LONGEST_SENTENCE = 48  # tokens in the attention view: more are not readable
@@ -43,35 +44,34 @@ class Stop(StoppingCriteria):
 
 @dataclass
 class Session:
-    """A GroupFormer with its tokenizer, and the regrouped models that were asked for."""
+    """A decoder of transformers with its tokenizer, and the regrouped models that were asked for."""
 
     model: Any
     tokenizer: Any
     name: str
     regrouped: dict[int, Any] = field(default_factory=dict)
-    twins: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | None = None) -> "Session":
-        """The model of a folder or Hub id; by default the checkpoint that ships, or a small fresh model.
-
-        On the device that is named, by default the best there is.
+        """The model of a folder or Hub id, by default the checkpoint that ships; in float32, on the best device.
 
         Raises:
-            ValueError: a damaged checkpoint, or a model that is no causal GroupFormer.
+            ValueError: a damaged checkpoint, no tokenizer, or a model that predicts no next token.
         """
-        from ..training.demo import load, shipped_checkpoint
+        source = source or shipped_checkpoint()
+        model = load_checked(AutoModelForCausalLM, source, dtype=torch.float32).to(best_device(device))
+        if not getattr(model.config, "is_causal", True):
+            raise ValueError(f"{source} has is_causal=False: it predicts no next token")
+        return cls(model.eval(), load_tokenizer(source), Path(source).name if Path(source).is_dir() else str(source))
 
-        device = best_device(device)
-        chosen = source or shipped_checkpoint()
-        model, tokenizer = load(chosen)
-        model.to(device)
-        if not isinstance(model, groupformer.GroupFormerForCausalLM):
-            raise ValueError(f"{chosen} is a {type(model).__name__}; import it first: groupformer import {chosen} DST")
-        if not model.config.is_causal:
-            raise ValueError(f"{chosen} has is_causal=False: it predicts no next token")
-        name = Path(chosen).name if chosen and Path(chosen).is_dir() else str(chosen or "a small fresh model")
-        return cls(model.eval(), tokenizer, name)
+    def kv_heads(self, model: Any = None) -> list[int]:
+        """The number of key-value heads in each layer, of a model or of the session's own."""
+        return [layer.kv_heads for layer in layer_caches(decoder_of((model or self.model).config))]
+
+    @property
+    def position_limit(self) -> int | None:
+        """The positions that the config names, if it names any."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -84,8 +84,8 @@ class Session:
         if not prompt or not prompt.strip():
             raise ValueError("The text is empty; write something to go on from.")
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        limit = self.model.config.max_position_embeddings
-        if ids.shape[1] + room > limit:
+        limit = self.position_limit
+        if limit is not None and ids.shape[1] + room > limit:
             raise ValueError(
                 f"The text has {ids.shape[1]} tokens; with {room} to come that exceeds the {limit} positions of this "
                 "model. Shorten it."
@@ -131,51 +131,46 @@ class Session:
 
     # Regrouping ------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def sample(self) -> tuple[str, str]:
-        """Text that ships: the first half to measure the inputs on, the second, held out, to score."""
-        text = (Path(__file__).parent.parent / "samples" / "river.txt").read_text(encoding="utf-8")
-        middle = text.index("\n", len(text) // 2)
-        return text[:middle], text[middle:]
-
     def legal_counts(self) -> list[int]:
-        """The KV-head counts that this model can be regrouped to, its own included."""
-        config = self.model.config
-        smallest = min(layer.num_key_value_heads for layer in config.per_layer_config)
-        return [
-            count
-            for count in divisors(config.num_attention_heads)
-            if count <= smallest and all(not layer.num_key_value_heads % count for layer in config.per_layer_config)
-        ]
+        """The KV-head counts that every layer of this model can be regrouped to, the present one included."""
+        present = self.kv_heads()
+        return [count for count in divisors(min(present)) if not any(heads % count for heads in present)]
 
     def with_kv_heads(self, wanted: int) -> tuple[int, Any]:
         """The model with so many KV heads, or with the next smaller count that is legal; made once."""
         count = max(legal for legal in self.legal_counts() if legal <= max(1, int(wanted)))
         if count not in self.regrouped:
-            ids = self.tokenizer(self.sample[0], return_tensors="pt").input_ids
-            ids = ids[:, : self.model.config.max_position_embeddings].to(self.model.device)
+            ids = self.tokenizer(sample_text()[0], return_tensors="pt").input_ids
+            ids = ids[:, : self.position_limit].to(self.model.device)
             self.regrouped[count] = groupformer.regroup(self.model, count, grouping="similar", calibration=ids)
         return count, self.regrouped[count]
 
+    def save(self, wanted: int, folder: str | Path) -> str:
+        """Saves the model with so many KV heads, with its tokenizer, and returns the name of its class.
+
+        Raises:
+            ValueError: the folder exists and is not empty.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty; choose a new folder to save to.")
+        _, small = self.with_kv_heads(wanted)
+        small.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return type(small).__name__
+
     def compare(self, wanted: int) -> list[list[Any]]:
-        """Rows (model, KV heads, cache bytes a token, tokens a second, bits per byte) of the original and the new."""
+        """Rows (what, original, regrouped): KV heads, bytes of cache a token, bits per byte, tokens a second."""
         count, small = self.with_kv_heads(wanted)
         models = {"original": self.model, "regrouped": small}
         speeds = measure(models, context=64, new_tokens=16, rounds=2)
-        rows = []
-        for (name, model), speed in zip(models.items(), speeds):
-            heads = sorted({layer.num_key_value_heads for layer in model.config.per_layer_config})
-            scores = evaluate(model, self.tokenizer, [self.sample[1]])
-            rows.append(
-                [
-                    name,
-                    " or ".join(map(str, heads)),
-                    cache_bytes_per_token(model.config, model.dtype),
-                    round(speed["decode_tokens_per_second"], 1),
-                    round(scores["bits_per_byte"], 3),
-                ]
-            )
-        return rows
+        scores = [evaluate(model, self.tokenizer, [sample_text()[1]]) for model in models.values()]
+        return [
+            ["KV heads", *(" or ".join(map(str, sorted(set(self.kv_heads(model))))) for model in models.values())],
+            ["cache, bytes a token", *(cache_bytes_per_token(each.config, each.dtype) for each in models.values())],
+            ["bits per byte", *(round(score["bits_per_byte"], 3) for score in scores)],
+            ["tokens a second", *(round(speed["decode_tokens_per_second"], 1) for speed in speeds)],
+        ]
 
     # Attention -------------------------------------------------------------------------------------------------------
 
@@ -190,20 +185,18 @@ class Session:
         if ids.shape[1] > LONGEST_SENTENCE:
             raise ValueError(f"The text has {ids.shape[1]} tokens; the view shows at most {LONGEST_SENTENCE}.")
         model = self.model if kv_heads is None else self.with_kv_heads(kv_heads)[1]
-        if id(model) not in self.twins:
-            self.twins[id(model)] = eager_twin(model)
-        output = self.twins[id(model)](ids, output_attentions=True, use_cache=False)
-        heads = [layer.num_key_value_heads for layer in model.config.per_layer_config]
+        with eager_attention(model):
+            output = model(ids, output_attentions=True, use_cache=False)
         tokens = [self.tokenizer.decode([token]) for token in ids[0].tolist()]
-        return Attention(tokens, [layer[0].float().cpu() for layer in output.attentions], heads)
+        return Attention(tokens, [layer[0].float().cpu() for layer in output.attentions], self.kv_heads(model))
 
 
-def eager_twin(model: Any) -> Any:
-    """The same weights, not copied, with the backend that returns probabilities."""
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
-    twin.load_state_dict(model.state_dict(), assign=True)
-    if twin.model.rotary_emb is not None:  # its frequencies are no weights
-        twin.model.rotary_emb = model.model.rotary_emb
-    twin.tie_weights()
-    return twin.eval()
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Lets the model compute with the backend that returns probabilities."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

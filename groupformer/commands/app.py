@@ -15,7 +15,7 @@ def app_command(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="PATH|HUB_ID", callback=checkpoint, help="A GroupFormer. Default: the checkpoint that ships."
+            metavar="PATH|HUB_ID", callback=checkpoint, help="A decoder. Default: the checkpoint that ships."
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -23,7 +23,7 @@ def app_command(
     browser: Annotated[bool, typer.Option("--browser", help="Open it in the browser.")] = False,
     device: Device = None,
 ) -> None:
-    """Serve a page that generates, regroups the model live, shows where its heads look, and plans its cache.
+    """Serve a page that regroups any decoder, generates, shows where its heads look, and plans its cache.
 
     Example: groupformer app runs/regrouped --port 7860
     """
@@ -31,7 +31,12 @@ def app_command(
         import gradio  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"the app needs {error.name}; install it with: pip install 'gradio>=6' matplotlib") from error
+        raise ValueError(
+            f"the app needs {error.name}; install it with: pip install 'gradio>=6.31' matplotlib"
+        ) from error
     from ..app import launch
 
-    launch(source, host=host, port=port, inbrowser=browser, device=device)
+    def on_start(address: str) -> None:
+        typer.echo(f"The page is at {address} (Ctrl-C ends it)")
+
+    launch(source, host=host, port=port, device=device, on_start=on_start, inbrowser=browser)
