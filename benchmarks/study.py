@@ -28,7 +28,7 @@ from groupformer import GroupFormerForCausalLM
 from groupformer.commands.tables import print_table
 from groupformer.measuring.evaluation import evaluate
 from groupformer.measuring.speed import measure
-from groupformer.regrouping.heads import AttentionHeads, Geometry
+from groupformer.regrouping.attention import find_attention
 from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.moments import calibration_from_texts
 from groupformer.training.data import read_column
@@ -166,12 +166,13 @@ def merge_part(study: Study) -> None:
 
 def with_another_first(model: GroupFormerForCausalLM, kv_heads: int, head: int) -> GroupFormerForCausalLM:
     """The same function, the heads of each group that is to become one turned until that number comes first."""
-    for layer_idx, layer in enumerate(model.model.layers):
-        tensors = {name: tensor.detach() for name, tensor in layer.self_attn.state_dict().items()}
-        heads = AttentionHeads.from_tensors(tensors, Geometry.of_layer(model.config, layer_idx))
+    for layout in find_attention(type(model), model.config):
+        attention = model.get_submodule(layout.path)
+        tensors = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
+        heads = layout.read_heads(tensors)
         groups = torch.arange(len(heads.key)).view(kv_heads, -1)
         order = groups.roll(-head, dims=1).flatten().tolist()
-        layer.self_attn.load_state_dict(heads.permuted(order).to_tensors(tensors))
+        attention.load_state_dict(layout.write_heads(heads.permuted(order), tensors))
     return model
 
 

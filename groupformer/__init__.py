@@ -24,6 +24,7 @@ register()
 
 # Public functions whose modules are imported when they are first used.
 LAZY = {
+    "expand": "regrouping",
     "export_model": "conversion",
     "import_model": "conversion",
     "regroup": "regrouping",
@@ -46,6 +47,7 @@ __all__ = [
     "GroupFormerPreTrainedModel",
     "GroupFormerTokenizer",
     "__version__",
+    "expand",
     "export_model",
     "import_model",
     "regroup",

@@ -15,10 +15,12 @@ from groupformer import (
     GroupFormerForTokenClassification,
     GroupFormerModel,
 )
-from groupformer.regrouping import ModelLayer, check_finite, rebuilt
 from groupformer.regrouping.grouping import GROUPINGS, similar
+from groupformer.regrouping.memory import build_regrouped
 from groupformer.regrouping.merging import METHODS
-from groupformer.regrouping.request import Request
+from groupformer.regrouping.result import find_result
+from groupformer.regrouping.sources import ModelSource, check_finite
+from groupformer.regrouping.steps import Plan, find_moments, layer_problem, plan_regrouping
 
 from .helpers import random_ids, randomize, tiny_config
 from .helpers_regroup import KINDS, float64_model, with_copies
@@ -39,15 +41,20 @@ def assert_same_logits(model, other):
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+def planned(model, method) -> tuple[ModelSource, Plan]:
+    source = ModelSource(model)
+    return source, plan_regrouping(source, 1, method, "adjacent", None, 0)
+
+
 @torch.no_grad()
-def rewrite_layers(model, method, groups, calibration=None):
+def rewrite_layers(model, method, groups):
     """The model after every layer was merged into the given groups, its counts unchanged."""
-    model = copy.deepcopy(model)
-    request = Request.checked(model.config, model.config.num_attention_heads, method, "adjacent", None, 0)
-    for layer_idx in range(model.config.num_hidden_layers):
-        layer = ModelLayer(model, layer_idx, None)
-        heads = request.problem(layer_idx, layer.tensors, layer.moment).merged(groups, torch.Generator())
-        layer.module.self_attn.load_state_dict(heads.to_tensors(layer.tensors))
+    source, plan = planned(model, method)
+    moments, model = find_moments(source, plan, None), copy.deepcopy(model)
+    for layer_idx, layout in enumerate(plan.layouts):
+        heads = layer_problem(source, plan, moments, layer_idx).merged(groups, torch.Generator())
+        attention = model.get_submodule(layout.path)
+        attention.load_state_dict(layout.write_heads(heads, source.read_module(layout.path)))
     return model
 
 
@@ -136,7 +143,7 @@ def test_aligned_merges_rotated_copies_without_loss():
 
 def test_mean_is_the_papers_mean_pooling():
     model = float64_model()
-    merged = groupformer.regroup(model, 2, method="mean").model.layers[1].self_attn
+    merged = groupformer.regroup(model, 2, method="mean", grouping="adjacent").model.layers[1].self_attn
     original = model.model.layers[1].self_attn
     for name in ("k_proj", "v_proj"):
         pooled = getattr(original, name).weight.view(2, 4, 4, 32).mean(dim=1).reshape(8, 32)
@@ -147,7 +154,7 @@ def test_mean_is_the_papers_mean_pooling():
 
 def test_first_takes_the_first_head_of_each_group():
     model = float64_model()
-    merged = groupformer.regroup(model, 4, method="first").model.layers[0].self_attn
+    merged = groupformer.regroup(model, 4, method="first", grouping="adjacent").model.layers[0].self_attn
     original = model.model.layers[0].self_attn
     torch.testing.assert_close(merged.v_proj.weight, original.v_proj.weight.view(4, 2, 4, 32)[:, 0].reshape(16, 32))
 
@@ -166,10 +173,10 @@ def test_random_depends_on_its_seed_alone():
 def test_svd_of_values_is_the_best_of_its_rank():
     """Against numpy-style SVD of the stacked maps O_h W_V,h S^½, written out."""
     model = float64_model()
-    layer = ModelLayer(model, 0, None)
-    weight = layer.module.input_layernorm.weight
+    layer = model.model.layers[0]
+    weight = layer.input_layernorm.weight
     root = torch.diag((weight**2 * (1 + 1e-3 * (weight**2).mean() / weight**2)).sqrt())  # S^½ with its ridge
-    original = layer.module.self_attn
+    original = layer.self_attn
     merged = groupformer.regroup(model, 1, method="svd").model.layers[0].self_attn
 
     def stacked(attention, groups):
@@ -187,9 +194,8 @@ def test_svd_loses_the_least_energy_of_all_methods(kind):
     model = float64_model(**KINDS[kind])
     losses = {}
     for method in METHODS:
-        request = Request.checked(model.config, 2, method, "adjacent", None, 0)
-        layer = ModelLayer(model, 0, None)
-        losses[method] = request.problem(0, layer.tensors, layer.moment).loss([0, 1, 2, 3])
+        source, plan = planned(model, method)
+        losses[method] = layer_problem(source, plan, find_moments(source, plan, None), 0).loss([0, 1, 2, 3])
     assert losses["svd"] < losses["aligned"] < losses["mean"] < min(losses["first"], losses["random"])
 
 
@@ -223,7 +229,7 @@ def test_auto_meets_the_budget_and_spares_the_layer_that_needs_its_heads():
     redundant = with_copies(float64_model(num_key_value_heads=1))
     layer = {name: tensor for name, tensor in float64_model().state_dict().items() if "layers.1." in name}
     redundant.load_state_dict(layer, strict=False)  # the first layer is redundant, the second is not
-    chosen = groupformer.regroup(redundant, "auto", budget=0.625)
+    chosen = groupformer.regroup(redundant, "auto", budget=0.625, grouping="adjacent")
     counts = [layer.num_key_value_heads for layer in chosen.config.per_layer_config]
     assert counts == [1, 8]
     assert_same_logits(chosen, redundant)
@@ -354,8 +360,8 @@ def test_long_calibration_rows_are_refused_with_learned_positions():
         groupformer.regroup(float64_model(position_embedding_type="learned"), 2, calibration=random_ids(1, 65))
 
 
-def test_native_models_are_sent_to_the_bridge():
-    with pytest.raises(TypeError, match="groupformer.import_model"):
+def test_other_modules_are_refused():
+    with pytest.raises(TypeError, match=r"model \(Linear\) is no model of transformers"):
         groupformer.regroup(torch.nn.Linear(2, 2), 2)
 
 
@@ -385,9 +391,10 @@ def test_a_layer_without_its_weights_is_refused():
 
 def test_a_tensor_that_was_not_loaded_is_an_error():
     model = randomize(GroupFormerForCausalLM(tiny_config()))
-    state_dict = {name: tensor for name, tensor in model.state_dict().items() if "up_proj" not in name}
-    with pytest.raises(RuntimeError, match="up_proj"):
-        rebuilt(model, [4, 4], state_dict)
+    _, plan = planned(model, "svd")
+    result = find_result(type(model), model.config, plan.layouts, [4, 4])
+    with pytest.raises(RuntimeError, match="self_attn"):
+        build_regrouped(model, result, {plan.layouts[0].path: {}})
 
 
 def test_untied_heads_and_heads_for_classes_are_no_strangers():

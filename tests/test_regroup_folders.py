@@ -86,7 +86,7 @@ def test_the_command_brings_tokenizer_and_generation_config_along(tmp_path):
     arguments = ["regroup", str(source), str(target), "--kv-heads", "2", "--calibration", str(tmp_path / "text.txt")]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
-    assert "4 query heads, key-value heads: 2" in outcome.stdout
+    assert "GroupFormerForCausalLM, 4 query heads on 2 KV heads" in outcome.stdout
     assert GenerationConfig.from_pretrained(target).max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(target).get_vocab() == tokenizer.get_vocab()
     assert (target / "modeling_groupformer.py").exists()
@@ -96,7 +96,7 @@ def test_the_command_brings_tokenizer_and_generation_config_along(tmp_path):
 def test_the_command_takes_counts_by_layer(tmp_path, folder):
     outcome = CliRunner().invoke(app, ["regroup", str(folder), str(tmp_path / "new"), "--kv-heads", "1:2"])
     assert outcome.exit_code == 0, outcome.output
-    assert "key-value heads: 4, 2 by layer" in outcome.stdout
+    assert "4 query heads on 2 to 4 KV heads by layer" in outcome.stdout
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ def test_missing_tensors_are_refused_by_name(tmp_path, folder):
         regroup_folder(folder, tmp_path / "new", 2)
 
 
-def test_native_folders_are_sent_to_the_bridge(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="import it first"):
+def test_folders_of_unknown_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForPoems"]}))
+    with pytest.raises(ValueError, match="'LlamaForPoems'.* is no class of transformers"):
         regroup_folder(tmp_path, tmp_path.parent / "new", 2)
 
 
@@ -207,9 +207,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 def large_folder(tmp_path_factory):
     """A synthetic checkpoint of 3 GB in bfloat16, written shard by shard."""
     from groupformer.conversion.checkpoint import Entry
-    from groupformer.conversion.shards import bytes_of, header_of, shard_names, write_index
+    from groupformer.conversion.shards import Piece, write_shards
     from groupformer.conversion.weights import shapes_of
-    from groupformer.regrouping.streaming import shards_of
 
     folder = tmp_path_factory.mktemp("large")
     config = groupformer.GroupFormerConfig(
@@ -223,15 +222,12 @@ def large_folder(tmp_path_factory):
     )
     config.save_pretrained(folder)
     shapes = shapes_of(GroupFormerForCausalLM, config)
-    shards = shards_of({name: Entry(torch.bfloat16, shape) for name, shape in shapes.items()}, 500_000_000)
-    files = shard_names(len(shards))
-    for name, shard in zip(files, shards):
-        with open(folder / name, "wb") as file:
-            file.write(header_of(shard))
-            for tensor_name, entry in shard.items():
-                values = torch.randn(entry.shape) * 0.02 + float("norm" in tensor_name)
-                file.write(bytes_of(values.to(torch.bfloat16)))
-    write_index(folder, dict(zip(files, shards)))
+
+    def piece(name, shape):
+        values = lambda: torch.randn(shape) * 0.02 + float("norm" in name)  # noqa: E731
+        return Piece({name: Entry(torch.bfloat16, shape)}, lambda: [values().to(torch.bfloat16)])
+
+    write_shards((piece(name, shape) for name, shape in shapes.items()), folder, max_shard_bytes=500_000_000)
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 3e9
     return folder
 

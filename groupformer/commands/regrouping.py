@@ -1,4 +1,4 @@
-"""`groupformer regroup` and `groupformer uptrain`: fewer key-value heads, and what they lost won back."""
+"""`groupformer regroup`, `expand` and `uptrain`: fewer key-value heads, more of them, and what was lost won back."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,9 @@ import typer
 from .shared import (
     CONVERT,
     AsJson,
+    Cost,
+    Device,
+    Dtype,
     Output,
     Overwrite,
     ReplaceTarget,
@@ -17,18 +20,24 @@ from .shared import (
     Source,
     Target,
     TextColumn,
+    Tokenizer,
     TrainingDevice,
     TrainingDtype,
     TrainingDtypeOption,
     bytes_bar,
     checkpoint,
+    describe_cache,
+    describe_heads,
     print_json,
+    print_outcome,
+    size_on_disk,
     stdout_for_results,
 )
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command("regroup", rich_help_panel=CONVERT)(regroup_command)
+    app.command("expand", rich_help_panel=CONVERT)(expand_command)
     app.command(rich_help_panel=CONVERT)(uptrain)
 
 
@@ -39,25 +48,38 @@ def regroup_command(
     budget: Annotated[float | None, typer.Option(help="With auto: the share of the present cache to keep.")] = None,
     method: Annotated[str, typer.Option(help="first, random, mean, aligned or svd.")] = "svd",
     grouping: Annotated[
-        str, typer.Option(help="adjacent, or similar: the heads that lose least together.")
-    ] = "adjacent",
+        str | None,
+        typer.Option(
+            help="adjacent, or similar: the heads that lose least together. Default: similar, if they can move."
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text to measure the inputs on: files, patterns; repeatable.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read.")] = 16384,
     text_column: TextColumn = "text",
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of calibration. auto: float32.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Seed of the method random.")] = 0,
     overwrite: ReplaceTarget = False,
     max_shard_size: ShardSize = 5.0,
 ) -> None:
-    """Give a GroupFormer checkpoint fewer key-value heads: multi-head becomes grouped- or multi-query.
+    """Give a checkpoint fewer key-value heads: any decoder of transformers comes back as what it was.
 
-    It streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs.
+    It streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs. Where
+    the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer.
 
-    Example: groupformer regroup big small --kv-heads 2 --calibration book.txt
+    Example: groupformer regroup HuggingFaceTB/SmolLM2-135M small --kv-heads 1 --calibration book.txt
     """
+    import torch
+
+    from ..conversion.loading import best_device
+    from ..measuring.planning import load_config
     from ..regrouping.streaming import regroup_folder
 
+    cost = Cost()
+    reader = calibration_reader(calibration, text_column, calibration_tokens, tokenizer) if calibration else None
     with bytes_bar("regrouping") as progress:
         config = regroup_folder(
             source,
@@ -65,16 +87,53 @@ def regroup_command(
             wanted_heads(kv_heads),
             method=method,
             grouping=grouping,
-            calibration=calibration_reader(calibration, text_column, calibration_tokens) if calibration else None,
+            calibration=reader,
             budget=budget,
             seed=seed,
+            device=best_device(device),
+            dtype=torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value),
             overwrite=overwrite,
             max_shard_bytes=int(max_shard_size * 1e9),
             progress=progress,
         )
-    counts = [layer.num_key_value_heads for layer in config.per_layer_config]
-    shown = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts)) + " by layer"
-    typer.echo(f"{target}: {config.num_attention_heads} query heads, key-value heads: {shown}")
+    print_made(target, config, load_config(source), cost)
+
+
+def expand_command(
+    source: Source,
+    target: Target,
+    kv_heads: Annotated[int, typer.Option(min=1, help="New number of key-value heads, of all layers.")],
+    overwrite: ReplaceTarget = False,
+    max_shard_size: ShardSize = 5.0,
+) -> None:
+    """Give a checkpoint more key-value heads that compute exactly the same, e.g. for tensor parallel ranks.
+
+    Example: groupformer expand Qwen/Qwen2.5-0.5B eight --kv-heads 8
+    """
+    from ..measuring.planning import load_config
+    from ..regrouping.streaming import expand_folder
+
+    cost = Cost()
+    with bytes_bar("expanding") as progress:
+        config = expand_folder(
+            source,
+            target,
+            kv_heads,
+            overwrite=overwrite,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            progress=progress,
+        )
+    print_made(target, config, load_config(source), cost)
+
+
+def print_made(target: Path, config: Any, before: Any, cost: Cost) -> None:
+    """How both commands end."""
+    name = config.architectures[0] if config.architectures else type(config).__name__
+    facts = {"cache": describe_cache(config, before), "size": size_on_disk(target), "took": cost}
+    lines = [f"groupformer eval {target} --file TEXT"]
+    if config.regrouping[-1]["method"] != "expand":
+        lines.append(f"groupformer uptrain {target} --teacher ORIGINAL --data TEXT --tokens N")
+    print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
 
 
 def wanted_heads(text: str) -> int | str | dict[int, int]:
@@ -97,15 +156,21 @@ def wanted_heads(text: str) -> int | str | dict[int, int]:
     return dict(pairs)
 
 
-def calibration_reader(files: list[str], text_column: str, tokens: int) -> Any:
+def calibration_reader(files: list[str], text_column: str, tokens: int, tokenizer: str | None) -> Any:
     """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now."""
-    from transformers import AutoTokenizer
-
+    from ..conversion.loading import check_token_ids, load_tokenizer
     from ..regrouping.moments import calibration_from_texts
     from ..training.data import read_column
 
     texts = read_column(files, text_column)
-    return lambda folder, config: calibration_from_texts(texts, AutoTokenizer.from_pretrained(folder), config, tokens)
+
+    def read(folder: Path, config: Any) -> Any:
+        loaded = load_tokenizer(folder, tokenizer)
+        token_ids = calibration_from_texts(texts, loaded, config, tokens)
+        check_token_ids(token_ids.flatten().tolist(), loaded, "the calibration text", config.vocab_size)
+        return token_ids
+
+    return read
 
 
 def uptrain(

@@ -4,12 +4,10 @@ Everything is computed in float64. A bias counts as one more input feature that 
 merged as one matrix. Shapes: H query heads, G key-value heads, D head_dim, E inputs (hidden_size, and 1 for a bias).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-
-from ..model.configuration_groupformer import GroupFormerConfig
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,8 @@ class Geometry:
     Args:
         num_heads, num_key_value_heads, head_dim: Of the layer.
         rotary_dim: Leading features of each head that RoPE turns, in pairs (j, j + rotary_dim / 2); 0 without RoPE.
-        scaling: Factor of the attention scores.
-        qk_norm: None, "head" or "projection".
+        qk_norm: None, "head" or "projection": what a norm on queries and keys divides by.
+        has_norm_by_head: Whether that norm has other weights for each head.
         sign_is_free: Whether the norm of queries and keys commutes with a change of one head's sign.
         initializer_range: Standard deviation of fresh weights.
     """
@@ -29,36 +27,10 @@ class Geometry:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    scaling: float
     qk_norm: str | None
+    has_norm_by_head: bool
     sign_is_free: bool
     initializer_range: float
-
-    @classmethod
-    def of_layer(cls, config: GroupFormerConfig, layer_idx: int) -> "Geometry":
-        """The geometry of one layer of a model."""
-        layer = config.per_layer_config[layer_idx]
-        uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
-        head_dim: int = config.head_dim  # type: ignore[assignment]
-        rotary_dim = 0
-        if config.rope_parameters and uses_rope:
-            # Transformers' "proportional" type spreads its pairs over the whole head, the last ones at frequency 0.
-            whole = config.rope_parameters.get("rope_type") == "proportional"
-            partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
-            rotary_dim = head_dim if whole else int(head_dim * partial)  # type: ignore[operator]
-        multiplier = layer.attention_multiplier
-        # RMSNorm: norm(-x) = -norm(x). LayerNorm also, unless it has a bias, or centres several heads together.
-        centred = config.norm_type == "layer_norm"
-        return cls(
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=layer.num_key_value_heads,
-            head_dim=head_dim,
-            rotary_dim=rotary_dim,
-            scaling=head_dim**-0.5 if multiplier is None else multiplier,
-            qk_norm=config.qk_norm,
-            sign_is_free=not (centred and (config.norm_bias or config.qk_norm == "projection")),
-            initializer_range=config.initializer_range,
-        )
 
 
 @dataclass(frozen=True)
@@ -68,9 +40,10 @@ class AttentionHeads:
     Args:
         query (H, D, E), key (G, D, E), value (G, D, E): Rows of the projections; a bias is the last column.
         output (H, hidden_size, D): Each query head's part of the output projection. Its bias stays outside.
-        query_norms (H, D), key_norms (G, D): Weight and bias of norms over whole projections, by name.
+        query_norms (H, D), key_norms (G, D): Weight and bias of norms with other weights for each head, by name.
         geometry: The layer's geometry.
         has_bias: Whether the last column of query, key and value is a bias.
+        per_head (H, ...): Whatever else belongs to one query head each, e.g. attention sinks, by name.
     """
 
     query: torch.Tensor
@@ -81,51 +54,14 @@ class AttentionHeads:
     key_norms: dict[str, torch.Tensor]
     geometry: Geometry
     has_bias: bool
+    per_head: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], geometry: Geometry) -> "AttentionHeads":
-        """The heads of `self_attn`'s tensors ("q_proj.weight", ...)."""
-        head_dim, has_bias = geometry.head_dim, "k_proj.bias" in tensors
-
-        def rows(name: str) -> torch.Tensor:
-            weight = tensors[f"{name}.weight"].double()
-            if has_bias:
-                weight = torch.cat((weight, tensors[f"{name}.bias"].double()[:, None]), dim=1)
-            return weight.unflatten(0, (-1, head_dim))
-
-        def norms(name: str) -> dict[str, torch.Tensor]:
-            found = {part: tensors.get(f"{name}.{part}") for part in ("weight", "bias")}
-            if geometry.qk_norm != "projection":
-                return {}
-            return {
-                part: norm.double().unflatten(0, (-1, head_dim)) for part, norm in found.items() if norm is not None
-            }
-
-        return cls(
-            query=rows("q_proj"),
-            key=rows("k_proj"),
-            value=rows("v_proj"),
-            output=tensors["o_proj.weight"].double().unflatten(1, (-1, head_dim)).transpose(0, 1),
-            query_norms=norms("q_norm"),
-            key_norms=norms("k_norm"),
-            geometry=geometry,
-            has_bias=has_bias,
-        )
-
-    def to_tensors(self, originals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All tensors of `self_attn`, in the originals' dtypes; what was not touched is copied."""
-        new: dict[str, torch.Tensor] = {}
-        for name, heads in (("q_proj", self.query), ("k_proj", self.key), ("v_proj", self.value)):
-            rows = heads.flatten(0, 1)
-            new[f"{name}.weight"] = rows[:, :-1] if self.has_bias else rows
-            if self.has_bias:
-                new[f"{name}.bias"] = rows[:, -1]
-        new["o_proj.weight"] = self.output.transpose(0, 1).flatten(1)
-        for name, norms in (("q_norm", self.query_norms), ("k_norm", self.key_norms)):
-            new |= {f"{name}.{part}": norm.flatten() for part, norm in norms.items()}
-        return {
-            name: new.get(name, original).to(original, copy=True).contiguous() for name, original in originals.items()
-        }
+    def values_of(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The values (batch, G, seq, D) of inputs (batch, seq, hidden_size), in float32."""
+        inputs = inputs.double()
+        if self.has_bias:
+            inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=-1)
+        return torch.einsum("gde,bte->bgtd", self.value, inputs).float()
 
     @property
     def queries_per_key(self) -> int:
@@ -149,6 +85,7 @@ class AttentionHeads:
             output=self.output[query_order],
             query_norms={part: norm[query_order] for part, norm in self.query_norms.items()},
             key_norms={part: norm[order] for part, norm in self.key_norms.items()},
+            per_head={name: tensor[query_order] for name, tensor in self.per_head.items()},
         )
 
 

@@ -1,12 +1,11 @@
 """What the inputs of attention look like: their second moment, measured on text or told by the norm before them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from ..model.configuration_groupformer import GroupFormerConfig
+from transformers import PreTrainedConfig
 
 
 # Share of the mean energy that is added to every direction, so that none which the text did not visit counts as free.
@@ -42,26 +41,32 @@ class Moment:
         return torch.cat((torch.cat((second, mean[:, None]), 1), torch.cat((mean, mean.new_ones(1)))[None]))
 
 
-def moment_from_norm(config: GroupFormerConfig, norm: Mapping[str, torch.Tensor]) -> Moment:
+@torch.no_grad()
+def moment_from_norm(norm: Callable[[torch.Tensor], torch.Tensor] | None, size: int) -> Moment:
     """The moment of a norm's output when what enters the norm has no preferred direction.
 
-    RMSNorm gives diag(w²); LayerNorm gives diag(w) (I - 1 1ᵀ / E) diag(w) + b bᵀ with mean b; where no norm comes
-    before attention (`norm_position="after"`), every direction counts alike.
+    A norm gives diag(w) z + b for z of mean 0 and variance 1, so w and b are read from its outputs, however it stores
+    them. RMSNorm then gives diag(w²); LayerNorm, which centres, diag(w) (I - 1 1ᵀ / E) diag(w) + b bᵀ with mean b;
+    where no norm comes before attention, every direction counts alike.
 
     Args:
-        config: The model's config.
-        norm: "weight" and "bias" of the norm before attention; empty where there is none.
+        norm: The norm before attention, from (1, E) to (1, E); None where there is none.
+        size: E.
     """
-    size = config.hidden_size
-    weight = norm["weight"].double() if "weight" in norm else torch.ones(size, dtype=torch.float64)
-    mean = norm["bias"].double() if "bias" in norm else torch.zeros(size, dtype=torch.float64)
-    spread = torch.eye(size, dtype=torch.float64)
-    if config.norm_type == "layer_norm" and "weight" in norm:
-        spread -= 1 / size
+    if norm is None:
+        return Moment(torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 1)
+    noise = torch.rand(1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    signs = 1 - 2 * (torch.arange(size) % 2)
+    unit = noise * signs
+    unit = (unit - unit.mean()) / (unit - unit.mean()).square().mean().sqrt()
+    mean, ones = (norm(each).double()[0] for each in (torch.zeros(1, size), torch.ones(1, size)))
+    weight = (norm(unit.float()).double()[0] - mean) / unit[0]
+    is_centred = bool((ones - mean).abs().max() < 1e-2 * weight.abs().max())
+    spread = torch.eye(size, dtype=torch.float64) - (1 / size if is_centred else 0)
     return Moment(weight[:, None] * spread * weight + torch.outer(mean, mean), mean.clone(), 1)
 
 
-def check_calibration(calibration: torch.Tensor, config: GroupFormerConfig) -> None:
+def check_calibration(calibration: torch.Tensor, config: PreTrainedConfig) -> None:
     """Refuses calibration that is not token ids, or too short to tell the inputs' directions.
 
     Raises:
@@ -88,33 +93,19 @@ def check_calibration(calibration: torch.Tensor, config: GroupFormerConfig) -> N
             f"calibration has token ids from {int(calibration.min())} to {int(calibration.max())}, but vocab_size is "
             f"{config.vocab_size}; use the model's own tokenizer"
         )
-    limited = config.position_embedding_type in ("learned", "sinusoidal")
-    if limited and calibration.shape[1] > config.max_position_embeddings:
+    longest = longest_row(config)
+    if longest is not None and calibration.shape[1] > longest:
         raise ValueError(
-            f"calibration has rows of {calibration.shape[1]} tokens, but max_position_embeddings "
-            f"({config.max_position_embeddings}) is all that position_embedding_type="
-            f"{config.position_embedding_type!r} has; give shorter rows"
+            f"calibration has rows of {calibration.shape[1]} tokens, but max_position_embeddings ({longest}) is all "
+            "that the model has; give shorter rows"
         )
 
 
-@torch.no_grad()
-def measure_moments(model: Any, calibration: torch.Tensor) -> list[Moment]:
-    """The moment of each layer's attention inputs on token ids (batch, seq), by hooks; the model stays as it is."""
-    base: Any = model.base_model
-    moments = [Moment.zeros(model.config.hidden_size) for _ in base.layers]
-    hooks = [
-        layer.self_attn.q_proj.register_forward_pre_hook(adder(moment)) for layer, moment in zip(base.layers, moments)
-    ]
-    was_training = model.training
-    model.eval()
-    try:
-        for row in calibration.to(base.embed_tokens.weight.device).split(1):
-            base(row, use_cache=False)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return moments
+def longest_row(config: PreTrainedConfig) -> int | None:
+    """Positions of a model that has no more than its config says; None where RoPE or ALiBi goes on."""
+    if getattr(config, "position_embedding_type", "learned") not in ("learned", "sinusoidal"):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def adder(moment: Moment) -> Callable:
@@ -123,15 +114,14 @@ def adder(moment: Moment) -> Callable:
 
 
 def calibration_from_texts(
-    texts: Sequence[str], tokenizer: Any, config: GroupFormerConfig, tokens: int = 16_384, row_length: int = 512
+    texts: Sequence[str], tokenizer: Any, config: PreTrainedConfig, tokens: int = 16_384, row_length: int = 512
 ) -> torch.Tensor:
     """Token ids (batch, row_length) of the beginnings of texts, end to end, up to so many tokens in all.
 
     Every text gives an equal share, but at least a row. A last short row is left out; texts that fill no row make one
     shorter row.
     """
-    if config.position_embedding_type in ("learned", "sinusoidal"):
-        row_length = min(row_length, config.max_position_embeddings)
+    row_length = min(row_length, longest_row(config) or row_length)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     share = max(row_length, -(-tokens // max(1, len(texts))))
     input_ids: list[int] = []

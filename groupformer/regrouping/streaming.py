@@ -1,49 +1,55 @@
 """Regrouping from folder to folder: one layer in memory at a time, whatever the checkpoint's size.
 
-First, where there is calibration, its tokens pass through the model once, each layer read when they reach it and
-forgotten when they left; the measured moments wait in files. Then, with "auto", each layer's losses are computed. At
-last all tensors pass from the old folder to the new one, attention layers regrouped on their way. The result appears
-whole or not at all.
+The steps are those in memory; measured moments wait in files. Tensors outside attention pass from file to file as they
+are, only looked at for NaN. The result appears whole or not at all.
 """
 
+import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..conversion.checkpoint import Entry, open_checkpoint
+from ..conversion.checkpoint import Entry
+from ..conversion.convert import plan_import
 from ..conversion.folders import (
     class_name_of,
     copy_companions,
+    import_folder,
     local_folder,
     read_json,
+    read_native_config,
     refuse_target,
     write_tokenizer_code,
     written_aside,
 )
-from ..conversion.shards import (
-    MAX_SHARD_BYTES,
-    Progress,
-    bytes_of,
-    header_of,
-    ignore_progress,
-    shard_names,
-    write_index,
+from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, write_shards
+from .expand import expanded_tensors, plan_expansion
+from .layouts import AttentionLayout
+from .moments import check_calibration
+from .probing import build_on_meta
+from .result import Result, is_groupformer
+from .sources import FolderSource
+from .steps import (
+    Plan,
+    choose_counts,
+    describe_result,
+    find_moments,
+    merge_layer,
+    plan_regrouping,
+    say_that_class_changes,
 )
-from ..conversion.weights import KINDS, kind_of, refuse_other_tensors, shapes_of
-from ..model.configuration_groupformer import GroupFormerConfig
-from . import check_finite
-from .moments import Moment, adder, check_calibration, moment_from_norm
-from .request import Request, regrouped_config
 
 
 # Gives token ids (batch, seq) for a model folder and its config, e.g. by reading a text with the folder's tokenizer.
-Calibration = Callable[[Path, GroupFormerConfig], torch.Tensor]
+Calibration = Callable[[Path, PreTrainedConfig], torch.Tensor]
+
+# Gives all tensors of a layer's new attention module, by their names inside it.
+NewTensors = Callable[[int], dict[str, torch.Tensor]]
 
 
 def regroup_folder(
@@ -52,22 +58,24 @@ def regroup_folder(
     num_key_value_heads: int | str | Mapping[int, int],
     *,
     method: str = "svd",
-    grouping: str = "adjacent",
+    grouping: str | None = None,
     calibration: torch.Tensor | Calibration | None = None,
     budget: float | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = ignore_progress,
-) -> GroupFormerConfig:
-    """A GroupFormer folder (or Hub id) to one with fewer key-value heads; see `groupformer.regroup`.
+) -> PreTrainedConfig:
+    """A decoder's folder (or Hub id) to one with fewer key-value heads; see `groupformer.regroup`.
 
     Args:
-        source: Folder or Hub id; safetensors, sharded or not, or legacy `.bin`.
+        source: Folder or Hub id of a native decoder or of a GroupFormer; safetensors, sharded or not, or `.bin`.
         target: Folder to write. Must not exist, unless `overwrite`. Tokenizer and generation config travel along.
         calibration: Token ids, or a function that gives them once the source has been found and checked.
         overwrite: Whether to replace an existing target, once the new one is whole.
-        max_shard_bytes: Largest shard to write, in bytes; a larger tensor gets a shard of its own.
+        max_shard_bytes: Largest shard to write, in bytes; a larger layer gets a shard of its own.
         progress: Called with (shard, shards, bytes just written, bytes in all).
 
     Returns:
@@ -78,200 +86,148 @@ def regroup_folder(
     """
     folder, target_folder = local_folder(str(source)), Path(target).expanduser()
     refuse_target(folder, target_folder, overwrite)
-    checkpoint = FolderModel(folder)
-    request = Request.checked(checkpoint.config, num_key_value_heads, method, grouping, budget, seed)
+    checkpoint = FolderSource(folder)
+    options = (num_key_value_heads, method, grouping, budget, seed)
+    plan = plan_regrouping(checkpoint, *options)
     token_ids = calibration(folder, checkpoint.config) if callable(calibration) else calibration
     if token_ids is not None:
         check_calibration(token_ids, checkpoint.config)
+    result = describe_result(checkpoint, plan, plan.example_counts, token_ids)
+    if result is None:
+        check_importable(checkpoint)
+        say_that_class_changes(checkpoint, plan.layouts, plan.example_counts)
     with written_aside(target_folder) as aside, tempfile.TemporaryDirectory(dir=aside) as scratch:
-        if token_ids is not None:
-            checkpoint.measure_moments(token_ids, Path(scratch))
-        counts = request.counts
-        if counts is None:
-            layers = range(checkpoint.config.num_hidden_layers)
-            counts = request.counts_for([layer_losses(checkpoint, request, layer_idx) for layer_idx in layers])
-        config = regrouped_config(checkpoint.config, counts)
-        config.architectures = [checkpoint.model_class.__name__]
-        write_weights(checkpoint, request, counts, config, aside, max_shard_bytes, progress)
-        config.save_pretrained(aside)
+        if result is None:
+            import_folder(folder, Path(scratch) / "groupformer")
+            checkpoint = FolderSource(Path(scratch) / "groupformer")
+            plan = plan_regrouping(checkpoint, *options)
+        moments = find_moments(checkpoint, plan, token_ids, Path(scratch), device, dtype)
+        counts = choose_counts(checkpoint, plan, moments)
+        if result is None or counts != plan.example_counts:
+            result = describe_result(checkpoint, plan, counts, token_ids)
+            assert result is not None
+        new_layouts = result.layouts
+
+        def merged(layer_idx: int) -> dict[str, torch.Tensor]:
+            heads = merge_layer(checkpoint, plan, moments, layer_idx, counts[layer_idx])
+            originals = checkpoint.read_module(plan.layouts[layer_idx].path)
+            return new_layouts[layer_idx].write_heads(heads, originals)
+
+        pieces = regrouped_pieces(checkpoint, plan.layouts, result, changed_layers(plan, counts), merged)
+        write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_beside_weights(checkpoint, result, aside)
+    return result.config
+
+
+def expand_folder(
+    source: str | Path,
+    target: str | Path,
+    num_key_value_heads: int,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = ignore_progress,
+) -> PreTrainedConfig:
+    """A decoder's folder (or Hub id) to one with more key-value heads; see `groupformer.expand`, `regroup_folder`."""
+    folder, target_folder = local_folder(str(source)), Path(target).expanduser()
+    refuse_target(folder, target_folder, overwrite)
+    checkpoint = FolderSource(folder)
+    layouts, result = plan_expansion(checkpoint, num_key_value_heads)
+
+    def repeated(layer_idx: int) -> dict[str, torch.Tensor]:
+        return expanded_tensors(checkpoint, layouts[layer_idx], result.layouts[layer_idx])
+
+    with written_aside(target_folder) as aside:
+        pieces = regrouped_pieces(checkpoint, layouts, result, list(range(len(layouts))), repeated)
+        write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_beside_weights(checkpoint, result, aside)
+    return result.config
+
+
+def check_importable(checkpoint: FolderSource) -> None:
+    """Refuses a native folder whose class cannot hold the counts, and which the bridge does not know either."""
+    try:
+        plan_import(read_native_config(checkpoint.folder), class_name_of(checkpoint.config))
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint.model_class.__name__} has no config field for these key-value heads, and it cannot become a "
+            f"GroupFormer: {error}"
+        ) from error
+
+
+def changed_layers(plan: Plan, counts: list[int]) -> list[int]:
+    """Layers whose count changes; the others stay bit for bit."""
+    present = [layout.geometry.num_key_value_heads for layout in plan.layouts]
+    return [layer_idx for layer_idx, (now, count) in enumerate(zip(present, counts)) if now != count]
+
+
+def regrouped_pieces(
+    checkpoint: FolderSource,
+    layouts: list[AttentionLayout],
+    result: Result,
+    changed: list[int],
+    new_tensors: NewTensors,
+) -> Iterator[Piece]:
+    """The new folder's tensors in the old one's order, the attention of a changed layer together."""
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in build_on_meta(checkpoint.model_class, result.config).state_dict().items()
+    }
+    layers = {checkpoint.stem(layouts[layer_idx].path): layer_idx for layer_idx in changed}
+    is_tied = is_groupformer(checkpoint.config) and checkpoint.config.tie_word_embeddings
+    done: set[int] = set()
+    for name in checkpoint.checkpoint.entries:
+        if is_tied and name == "lm_head.weight":
+            continue
+        layer_idx = next((layers[stem] for stem in layers if name.startswith(stem)), None)
+        if layer_idx is None:
+            yield looked_at(checkpoint, name)
+        elif layer_idx not in done:
+            done.add(layer_idx)
+            entries = new_entries(checkpoint, layouts[layer_idx], shapes)
+
+            def tensors(layer_idx: int = layer_idx, entries: Mapping[str, Entry] = entries) -> list[torch.Tensor]:
+                new = new_tensors(layer_idx)
+                stem = checkpoint.stem(layouts[layer_idx].path)
+                return [new[name[len(stem) :]] for name in entries]
+
+            yield Piece(entries, tensors)
+
+
+def looked_at(checkpoint: FolderSource, name: str) -> Piece:
+    """A tensor as it is, refused where it holds NaN."""
+    return Piece({name: checkpoint.checkpoint.entries[name]}, lambda: [checkpoint.read(name)])
+
+
+def new_entries(
+    checkpoint: FolderSource, layout: AttentionLayout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Entry]:
+    """Names in the file, dtypes and new shapes of a layer's attention tensors."""
+    stem, path = checkpoint.stem(layout.path), f"{layout.path}."
+    originals = {inner: checkpoint.checkpoint.entries[name] for inner, name in checkpoint.names(layout.path).items()}
+    dtype = originals[f"{layout.names['output']}.weight"].dtype
+    names = [inner for inner in originals if not layout.is_head_norm(inner)]
+    names += [name[len(path) :] for name in shapes if name.startswith(path) and layout.is_head_norm(name[len(path) :])]
+    return {
+        stem + inner: Entry(
+            originals[inner].dtype if inner in originals else dtype,
+            shapes[path + inner] if path + inner in shapes else originals[inner].shape,
+        )
+        for inner in names
+    }
+
+
+def write_beside_weights(checkpoint: FolderSource, result: Result, folder: Path) -> None:
+    """Config, tokenizer and, for a GroupFormer, the code that `trust_remote_code` runs."""
+    copy_companions(checkpoint.folder, folder)
+    if is_groupformer(checkpoint.config):
+        result.config.architectures = [checkpoint.model_class.__name__]
+        result.config.save_pretrained(folder)
         with torch.device("meta"):
-            custom_object_save(checkpoint.model_class(config), str(aside))
-        copy_companions(folder, aside)
-        write_tokenizer_code(aside)
-    return config
-
-
-def layer_losses(checkpoint: "FolderModel", request: Request, layer_idx: int) -> dict[int, float]:
-    """The loss of each count of one layer."""
-    tensors = checkpoint.attention(layer_idx)
-    return request.losses(request.problem(layer_idx, tensors, checkpoint.moment(layer_idx)))
-
-
-class FolderModel:
-    """A GroupFormer folder whose tensors are read when they are needed, and checked to be finite."""
-
-    def __init__(self, folder: Path):
-        content = read_json(folder / "config.json")
-        if content.get("model_type") != GroupFormerConfig.model_type:
-            raise ValueError(f"{folder} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
-        self.folder = folder
-        self.config = GroupFormerConfig.from_pretrained(folder)
-        self.kind = kind_of(class_name_of(self.config))
-        self.model_class: type[PreTrainedModel] = KINDS[self.kind][0]
-        self.prefix = "" if self.kind == "Model" else "model."
-        self.source = open_checkpoint(folder)
-        expected = shapes_of(self.model_class, self.config)
-        found = {name: entry.shape for name, entry in self.source.entries.items() if not self._is_tied_copy(name)}
-        refuse_other_tensors(found, expected, str(folder))
-        self.names = list(expected)  # in the model's order: a layer's tensors follow each other
-        self.moments: list[Path] = []
-
-    def _is_tied_copy(self, name: str) -> bool:
-        return self.config.tie_word_embeddings and name == "lm_head.weight"
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor of the folder.
-
-        Raises:
-            ValueError: it holds NaN or infinity.
-        """
-        tensor = self.source.read(name)
-        check_finite(name, tensor, self.source.where)
-        return tensor
-
-    def module(self, stem: str) -> dict[str, torch.Tensor]:
-        """All tensors of a module, by their names inside it."""
-        return {name[len(stem) :]: self.read(name) for name in self.names if name.startswith(stem)}
-
-    def attention_stem(self, layer_idx: int) -> str:
-        return f"{self.prefix}layers.{layer_idx}.self_attn."
-
-    def attention(self, layer_idx: int) -> dict[str, torch.Tensor]:
-        """The attention tensors of a layer."""
-        return self.module(self.attention_stem(layer_idx))
-
-    def moment(self, layer_idx: int) -> Moment:
-        """The moment of a layer's attention inputs: measured, or else from the norm before it."""
-        if self.moments:
-            return Moment(**torch.load(self.moments[layer_idx], weights_only=True))
-        norm = self.module(f"{self.prefix}layers.{layer_idx}.input_layernorm.")
-        return moment_from_norm(self.config, norm)
-
-    @torch.no_grad()
-    def measure_moments(self, token_ids: torch.Tensor, scratch: Path) -> None:
-        """Measures all layers on token ids (batch, seq) in float32, and keeps their moments in files of `scratch`."""
-        with torch.device("meta"):
-            skeleton: Any = KINDS["Model"][0](self.config)
-        for name, child in list(skeleton.named_children()):
-            if name.startswith("embed_") or name == "norm":
-                setattr(skeleton, name, Streamed(self, child, f"{self.prefix}{name}."))
-        if skeleton.rotary_emb is not None:
-            skeleton.rotary_emb = type(skeleton.rotary_emb)(self.config)  # its tables are computed, not read
-        paths = [scratch / f"moment-{layer_idx}.pt" for layer_idx in range(self.config.num_hidden_layers)]
-        for layer_idx, path in enumerate(paths):
-            stem = f"{self.prefix}layers.{layer_idx}."
-            skeleton.layers[layer_idx] = StreamedLayer(self, skeleton.layers[layer_idx], stem, path)
-        skeleton.eval()(token_ids, use_cache=False)
-        self.moments = paths
-
-
-class Streamed(nn.Module):
-    """A module on the meta device whose weights are read for each call, and forgotten after it."""
-
-    def __init__(self, checkpoint: FolderModel, module: nn.Module, stem: str):
-        super().__init__()
-        self.checkpoint, self.module, self.stem = checkpoint, module, stem
-
-    def forward(self, *args, **kwargs):
-        weights = {name: tensor.float() for name, tensor in self.checkpoint.module(self.stem).items()}
-        return torch.func.functional_call(self.module, weights, args, kwargs)
-
-
-class StreamedLayer(Streamed):
-    """A decoder layer that takes rows one by one and writes the moment of its attention inputs to a file."""
-
-    def __init__(self, checkpoint: FolderModel, module: nn.Module, stem: str, path: Path):
-        super().__init__(checkpoint, module, stem)
-        self.path = path
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        weights = {name: tensor.float() for name, tensor in self.checkpoint.module(self.stem).items()}
-        moment = Moment.zeros(hidden_states.shape[-1])
-        layer: Any = self.module
-        hook = layer.self_attn.q_proj.register_forward_pre_hook(adder(moment))
-        # In place of the old states: with one row at a time, memory does not grow with the number of rows.
-        for index, row in enumerate(hidden_states.split(1)):
-            several = attention_mask is not None and attention_mask.shape[0] > 1
-            kwargs["attention_mask"] = attention_mask[index : index + 1] if several else attention_mask
-            row.copy_(torch.func.functional_call(layer, weights, (row,), kwargs))
-        hook.remove()
-        torch.save(vars(moment), self.path)
-        return hidden_states
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def new_entries(checkpoint: FolderModel, config: GroupFormerConfig) -> dict[str, Entry]:
-    """Names, dtypes and shapes of the new folder, in the old one's order."""
-    shapes = shapes_of(checkpoint.model_class, config)
-    return {name: Entry(checkpoint.source.entries[name].dtype, shapes[name]) for name in checkpoint.names}
-
-
-def shards_of(entries: Mapping[str, Entry], max_bytes: int) -> list[dict[str, Entry]]:
-    """Entries in their order, cut into shards; wider dtypes come first in each, so that all stay aligned."""
-    shards: list[dict[str, Entry]] = [{}]
-    for name, entry in entries.items():
-        if shards[-1] and sum(other.size for other in shards[-1].values()) + entry.size > max_bytes:
-            shards.append({})
-        shards[-1][name] = entry
-    return [dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)) for shard in shards]
-
-
-def write_weights(
-    checkpoint: FolderModel,
-    request: Request,
-    counts: list[int],
-    config: GroupFormerConfig,
-    folder: Path,
-    max_bytes: int,
-    progress: Progress,
-) -> None:
-    shards = shards_of(new_entries(checkpoint, config), max_bytes)
-    files = shard_names(len(shards))
-    total = sum(entry.size for shard in shards for entry in shard.values())
-    regrouped = RegroupedLayers(checkpoint, request, counts)
-    for number, (name, shard) in enumerate(zip(files, shards), start=1):
-        with open(folder / name, "wb") as file:
-            file.write(header_of(shard))
-            for tensor_name, entry in shard.items():
-                file.write(bytes_of(regrouped.tensor(tensor_name)))
-                progress(number, len(shards), entry.size, total)
-    if len(shards) > 1:
-        write_index(folder, dict(zip(files, shards)))
-
-
-class RegroupedLayers:
-    """The new folder's tensors by name; a layer is regrouped when its first tensor is asked for."""
-
-    def __init__(self, checkpoint: FolderModel, request: Request, counts: list[int]):
-        self.checkpoint, self.request = checkpoint, request
-        layers = enumerate(zip(checkpoint.config.per_layer_config, counts))
-        self.changed = {
-            checkpoint.attention_stem(layer_idx): (layer_idx, count)
-            for layer_idx, (layer, count) in layers
-            if count != layer.num_key_value_heads
-        }
-        self.ready: dict[str, torch.Tensor] = {}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        stem, marker, _ = name.partition(".self_attn.")
-        stem += marker
-        if stem not in self.changed:
-            return self.checkpoint.read(name)
-        if name not in self.ready:
-            layer_idx, count = self.changed[stem]
-            tensors, moment = self.checkpoint.attention(layer_idx), self.checkpoint.moment(layer_idx)
-            new = self.request.regroup_layer(layer_idx, count, tensors, moment)
-            self.ready |= {stem + inner: tensor for inner, tensor in new.items()}
-        return self.ready.pop(name)
+            custom_object_save(checkpoint.model_class(result.config), str(folder))
+        write_tokenizer_code(folder)
+        return
+    # The native config.json as it is, but for what changed: engines of other versions read it, too.
+    content: dict[str, Any] = read_json(checkpoint.folder / "config.json")
+    content |= result.fields
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""The steps of regrouping, each of which takes what the one before returned; in memory and from folder to folder."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers.utils import logging
+
+from .attention import find_attention
+from .calibration import measure_moments, moment_of_norm
+from .heads import AttentionHeads
+from .layers import LayerProblem
+from .layouts import AttentionLayout
+from .moments import Moment
+from .probing import build_on_meta
+from .request import Request, check_counts
+from .result import Result, find_result, short_counts, with_provenance
+from .sources import Source
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of a model whose attention is understood.
+
+    Args:
+        layouts: The attention of each layer.
+        request: How to merge.
+        counts: The wanted count of each layer; None where the budget decides.
+    """
+
+    layouts: list[AttentionLayout]
+    request: Request
+    counts: list[int] | None
+
+    @property
+    def example_counts(self) -> list[int]:
+        """Counts as the result may have them; with a budget they can differ by layer."""
+        if self.counts is not None:
+            return self.counts
+        present = [layout.geometry.num_key_value_heads for layout in self.layouts]
+        return [*present[:-1], 1]
+
+
+def plan_regrouping(
+    source: Source,
+    num_key_value_heads: int | str | Mapping[int, int],
+    method: str,
+    grouping: str | None,
+    budget: float | None,
+    seed: int,
+) -> Plan:
+    """Attention and request, understood and checked before any work.
+
+    Raises:
+        ValueError: as `groupformer.regroup`.
+    """
+    layouts = find_attention(source.model_class, source.config)
+    request = Request.checked(layouts, num_key_value_heads, method, grouping, budget, seed)
+    counts = check_counts([layout.geometry.num_key_value_heads for layout in layouts], num_key_value_heads)
+    return Plan(layouts, request, counts)
+
+
+class Moments(Protocol):
+    """One moment for each layer."""
+
+    def __getitem__(self, layer_idx: int) -> Moment: ...
+
+
+class StoredMoments:
+    """Moments that wait in files, one for each layer."""
+
+    def __init__(self, folder: Path, moments: Iterator[Moment]):
+        self.paths: list[Path] = []
+        for layer_idx, moment in enumerate(moments):
+            self.paths.append(folder / f"moment-{layer_idx}.pt")
+            torch.save(vars(moment), self.paths[-1])
+
+    def __getitem__(self, layer_idx: int) -> Moment:
+        return Moment(**torch.load(self.paths[layer_idx], weights_only=True))
+
+
+class NormMoments:
+    """Moments as the norms before attention tell them, made when they are asked for."""
+
+    def __init__(self, source: Source, layouts: Sequence[AttentionLayout]):
+        self.source, self.layouts = source, layouts
+        self.model = build_on_meta(source.model_class, source.config)
+
+    def __getitem__(self, layer_idx: int) -> Moment:
+        return moment_of_norm(self.source, self.model, self.layouts[layer_idx])
+
+
+def find_moments(
+    source: Source,
+    plan: Plan,
+    token_ids: torch.Tensor | None,
+    scratch: Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Moments:
+    """The moment of each layer's inputs, measured on token ids (batch, seq) or told by the norms.
+
+    Args:
+        scratch: Where measured moments wait in files; without it they stay in memory.
+    """
+    if token_ids is None:
+        return NormMoments(source, plan.layouts)
+    measured = measure_moments(source, plan.layouts, token_ids, device=device, dtype=dtype)
+    return list(measured) if scratch is None else StoredMoments(scratch, measured)
+
+
+def choose_counts(source: Source, plan: Plan, moments: Moments) -> list[int]:
+    """The count of each layer: the wanted one, or the best under the budget."""
+    if plan.counts is not None:
+        return plan.counts
+    problems = (layer_problem(source, plan, moments, layer_idx) for layer_idx in range(len(plan.layouts)))
+    return plan.request.choose_counts([plan.request.losses(problem) for problem in problems])
+
+
+def layer_problem(source: Source, plan: Plan, moments: Moments, layer_idx: int) -> LayerProblem:
+    """A layer's heads and inputs, ready to be merged."""
+    layout = plan.layouts[layer_idx]
+    heads = layout.read_heads(source.read_module(layout.path))
+    return LayerProblem(heads, moments[layer_idx].matrix(heads.has_bias), plan.request.method)
+
+
+def merge_layer(source: Source, plan: Plan, moments: Moments, layer_idx: int, count: int) -> AttentionHeads:
+    """Groups and merge: a layer's heads with `count` key-value heads."""
+    return plan.request.merge(layer_problem(source, plan, moments, layer_idx), count, layer_idx)
+
+
+def describe_result(
+    source: Source, plan: Plan, counts: Sequence[int], token_ids: torch.Tensor | None, healing: object = None
+) -> Result | None:
+    """The new config, which tells what was done, and the attention of its model; None where the class has none."""
+    result = find_result(source.model_class, source.config, plan.layouts, counts)
+    if result is None:
+        return None
+    return with_provenance(
+        result,
+        plan.layouts,
+        method=plan.request.method,
+        grouping=plan.request.grouping,
+        budget=plan.request.budget,
+        calibration_tokens=None if token_ids is None else token_ids.numel(),
+        healing=healing,
+    )
+
+
+def say_that_class_changes(source: Source, layouts: Sequence[AttentionLayout], counts: Sequence[int]) -> None:
+    """Tells before any work that the result is a GroupFormer, and why."""
+    now = short_counts(layouts)
+    wanted = counts[0] if len(set(counts)) == 1 else "a count by layer of"
+    logger.warning(
+        f"{source.model_class.__name__} has {now} key-value heads and no way to say {wanted} key-value heads; "
+        "the result is a GroupFormer"
+    )
