@@ -1,15 +1,17 @@
 """The commands that push a folder to the Hub and that time checkpoints."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+import groupformer as groupformer_package
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
-from groupformer.integrations.hub import push_folder
+from groupformer.integrations.hub import missing_code, push_folder
 from groupformer.measuring.speed import measure
 
 from .helpers import randomize, tiny_config
@@ -31,7 +33,7 @@ def folder(tmp_path):
 
 PUSH_FOLDER = """
 import sys
-from groupformer.integrations.hub import push_folder
+from groupformer.integrations.hub import missing_code, push_folder
 print(push_folder(sys.argv[1], "me/pushed"))
 """
 
@@ -39,8 +41,43 @@ print(push_folder(sys.argv[1], "me/pushed"))
 # Push ----------------------------------------------------------------------------------------------------------------
 
 
+def test_what_the_folder_lacks_of_the_code_goes_along(folder):
+    code = {path.name for path in folder.glob("*_groupformer.py")}
+    assert {"configuration_groupformer.py", "modeling_groupformer.py", "tokenization_groupformer.py"} <= code
+    assert missing_code(folder) == []
+    (folder / "tokenization_groupformer.py").unlink()
+    assert missing_code(folder) == ["tokenization_groupformer.py"]
+    for path in folder.glob("*_groupformer.py"):
+        path.unlink()
+    assert set(missing_code(folder)) == code
+    (folder / "tokenizer_config.json").unlink()
+    assert set(missing_code(folder)) == code - {"tokenization_groupformer.py"}
+
+
+def test_the_code_that_a_save_writes_is_all_that_the_code_imports(folder):
+    """`save_pretrained` copies the files that the modeling file imports, as transformers finds them."""
+    expected = {path.name for path in (Path(groupformer_package.__file__).parent / "model").glob("*_groupformer.py")}
+    assert {path.name for path in folder.glob("*.py")} == expected
+
+
+def test_a_push_is_one_commit_with_code_and_card(folder, tmp_path):
+    for path in folder.glob("*_groupformer.py"):
+        path.unlink()
+    with running_hub() as (endpoint, hub):
+        run(PUSH_FOLDER, folder, endpoint=endpoint, home=tmp_path / "pushing")
+        assert len(hub.commits["me/pushed"]) == 2  # the first one is the empty repository
+        files = set(hub.snapshot("me/pushed", "main")[1])
+    code = {path.name for path in (Path(groupformer_package.__file__).parent / "model").glob("*_groupformer.py")}
+    assert files >= code | {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert not list(folder.glob("*_groupformer.py"))  # the folder is as it was
+
+
 @pytest.mark.slow
-def test_a_pushed_folder_loads_without_the_package(folder, tmp_path):
+@pytest.mark.parametrize("code", ["its own code", "without code"])
+def test_a_pushed_folder_loads_without_the_package(code, folder, tmp_path):
+    if code == "without code":
+        for path in folder.glob("*_groupformer.py"):
+            path.unlink()
     (folder / "checkpoint-3").mkdir()
     for name in ("checkpoint-3/optimizer.pt", "checkpoint-3/model.safetensors", "results.json", "training_args.bin"):
         (folder / name).write_bytes(b"stays at home")
@@ -63,7 +100,6 @@ def test_a_pushed_folder_loads_without_the_package(folder, tmp_path):
     [
         ("config.json", "holds no config.json"),
         ("model.safetensors", "holds no .safetensors file"),
-        ("modeling_groupformer.py", "lacks modeling_groupformer.py"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_not_pushed(missing, message, folder):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..families.registry import FAMILIES
-from ..model.configuration_groupformer import GroupFormerConfig
+from ..families.registry import FAMILIES, is_groupformer, own_config
 from .checkpoint import StateDictSource, open_checkpoint
 from .convert import Conversion, build_model, families_for, plan_export, plan_import
 from .folders import class_name_of, export_folder, import_folder, local_folder, read_native_config
@@ -50,9 +49,9 @@ def export_model(model: PreTrainedModel, family: str | None = None) -> PreTraine
     Raises:
         ValueError: the family cannot express the model exactly; the message names the field and its value.
     """
-    if not isinstance(model.config, GroupFormerConfig):
+    if not is_groupformer(model):
         raise ValueError(f"model ({type(model).__name__}) is not a GroupFormer; use import_model for native models")
-    conversion = plan_export(model.config, type(model).__name__, family)
+    conversion = plan_export(own_config(model.config), type(model).__name__, family)
     return with_generation_config(build_model(conversion, StateDictSource(model.state_dict(), "the model")), model)
 
 

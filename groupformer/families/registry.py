@@ -2,6 +2,7 @@
 
 import importlib
 
+from ..model.configuration_groupformer import GroupFormerConfig
 from .family import Family
 
 
@@ -51,3 +52,13 @@ def family_named(model_type: str | None) -> Family:
     if model_type in REFUSED:
         raise ValueError(f"model_type ({model_type!r}) cannot be imported exactly: {REFUSED[model_type]}")
     raise ValueError(f"model_type ({model_type!r}) is not a known family; choose one of {', '.join(sorted(FAMILIES))}")
+
+
+def is_groupformer(model) -> bool:
+    """Whether a model, or a config, is a GroupFormer; it may be of this package's class or of remote code's."""
+    return getattr(getattr(model, "config", model), "model_type", None) == GroupFormerConfig.model_type
+
+
+def own_config(config) -> GroupFormerConfig:
+    """A GroupFormer's config as this package's class: itself, or what remote code's class would save."""
+    return config if isinstance(config, GroupFormerConfig) else GroupFormerConfig.from_dict(config.to_dict())

@@ -1,4 +1,4 @@
-"""Pushing a checkpoint folder to the Hub as it is, without loading the model."""
+"""Push a checkpoint folder to the Hub without loading the model; the code that loads it goes along."""
 
 import json
 from pathlib import Path
@@ -53,6 +53,8 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
 installed and imported, it is not needed.
 """
 
+MODEL = Path(__file__).parent.parent / "model"  # whose files are the code that goes along
+
 TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -65,7 +67,7 @@ TASKS = {
 def push_folder(
     folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Uploads a checkpoint folder, in one commit; a folder without a card gets one that says what it is.
+    """Upload a checkpoint folder in one commit, with the code of a GroupFormer and a card where the folder has none.
 
     Args:
         folder: A checkpoint as `save_pretrained` writes it.
@@ -78,29 +80,43 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        ValueError: no checkpoint, broken weights, or a GroupFormer without its code; nothing is uploaded then.
+        ValueError: no checkpoint, or broken weights; nothing is uploaded then.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import filter_repo_objects
 
     folder = Path(folder)
     config = read_config(folder)
     refuse_broken_files(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = filter_repo_objects(files, allow_patterns=list(BELONGS), ignore_patterns=["checkpoint-*/*"])
+    contents: dict[str, str | bytes] = {name: str(files[name]) for name in names}
+    if config.get("model_type") == "groupformer":
+        contents |= {name: str(MODEL / name) for name in missing_code(folder)}
+        if "README.md" not in contents:
+            contents["README.md"] = card_of(folder, repo_id).encode()
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if not (folder / "README.md").exists() and config.get("model_type") == "groupformer":
-        card = card_of(folder, repo_id).encode()
-        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, revision=revision)
-    commit = api.upload_folder(
+    commit = api.create_commit(
         repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=list(BELONGS),
-        ignore_patterns=["checkpoint-*/*"],
+        operations=[CommitOperationAdd(name, content) for name, content in contents.items()],
         revision=revision,
         commit_message=message or f"Upload {folder.resolve().name}",
     )
     return str(commit.commit_url)
+
+
+def missing_code(folder: Path) -> list[str]:
+    """The code files that a GroupFormer's folder lacks: none where it has a model's code, which may be an older one."""
+    tokenizer = folder / "tokenizer_config.json"
+    names = sorted(path.name for path in MODEL.glob("*_groupformer.py"))
+    if not tokenizer.is_file() or "tokenization_groupformer" not in tokenizer.read_text(encoding="utf-8"):
+        names.remove("tokenization_groupformer.py")
+    if (folder / "modeling_groupformer.py").is_file():
+        names = [name for name in names if name.startswith("tokenization")]
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,8 +130,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no .safetensors file; give a folder that save_pretrained has written")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") == "groupformer" and not (folder / "modeling_groupformer.py").is_file():
-        raise ValueError(f"{folder} lacks modeling_groupformer.py; save the model once more with save_pretrained")
     return config
 
 

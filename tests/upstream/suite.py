@@ -16,7 +16,6 @@ from transformers import (
     LlamaForTokenClassification,
     LlamaModel,
 )
-from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_tests.generation.test_utils import GenerationTesterMixin
@@ -32,17 +31,6 @@ import groupformer
 # These lists name the models on which transformers' CI runs its distributed tests; here all run.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
-
-# The tests look classes up by name, to know which labels a class takes, in tables that hold transformers' own.
-for task in (
-    "",
-    "FOR_CAUSAL_LM_",
-    "FOR_SEQUENCE_CLASSIFICATION_",
-    "FOR_QUESTION_ANSWERING_",
-    "FOR_TOKEN_CLASSIFICATION_",
-):
-    names = getattr(modeling_auto, f"MODEL_{task}MAPPING_NAMES")
-    names["groupformer"] = names["llama"].replace("Llama", "GroupFormer")
 
 SIZES = {
     "vocab_size": 99,

@@ -1,0 +1,117 @@
+"""What `import groupformer` imports and registers, in every order and way that people import it."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code, *options):
+    """Run code in a fresh process and return what it printed."""
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# How people import us, each in a process of its own; the last of each line is what must be there afterwards.
+KNOWN = "from transformers import AutoConfig; print(type(AutoConfig.for_model('groupformer')).__module__)"
+WAYS = {
+    "transformers first": "import transformers, groupformer",
+    "ours, then a model of transformers": "import groupformer, transformers.models.llama.modeling_llama",
+    "a public name, after somebody looked for transformers": (
+        "import groupformer, importlib.util; importlib.util.find_spec('transformers')\n"
+        "groupformer.GroupFormerForCausalLM"
+    ),
+    "a file": "from groupformer.model.modeling_groupformer import GroupFormerForCausalLM",
+    "an attribute": "import groupformer; groupformer.model.modeling_groupformer",
+    "every name, after transformers could not be imported": (
+        "import groupformer, sys; sys.modules['transformers'] = None\n"
+        "try: import transformers\n"
+        "except ImportError: del sys.modules['transformers']\n"
+        "from groupformer import *; GroupFormerConfig, regroup"
+    ),
+    "a name of 0.1": (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from groupformer.modeling_groupformer import GroupFormerForCausalLM as old\n"
+        "from groupformer import GroupFormerForCausalLM as new; assert old is new"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transformers_knows_us_in_whichever_way_we_are_imported(way):
+    assert python(f"{WAYS[way]}\n{KNOWN}") == "groupformer.model.configuration_groupformer"
+
+
+def test_a_pickled_tokenizer_and_config_are_read_in_a_fresh_process(tmp_path):
+    """As data loaders read them, whose processes are spawned."""
+    from groupformer import GroupFormerConfig, GroupFormerTokenizer
+
+    (tmp_path / "objects").write_bytes(pickle.dumps((GroupFormerTokenizer(), GroupFormerConfig())))
+    path = str(tmp_path / "objects")
+    code = f"import pickle; print([type(each).__name__ for each in pickle.load(open({path!r}, 'rb'))])"
+    assert python(f"{code}\n{KNOWN}").splitlines()[0] == "['GroupFormerTokenizer', 'GroupFormerConfig']"
+
+
+def test_the_import_is_light_until_something_is_used():
+    heavy = ("torch", "transformers", "numpy", "typer", "rich", "peft", "datasets")
+    assert python(f"import groupformer, sys; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+def test_old_paths_warn_of_the_new_ones():
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", "import groupformer.tokenization_groupformer"],
+        capture_output=True,
+        text=True,
+    )
+    assert "import groupformer.model.tokenization_groupformer" in done.stderr
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    code = "import groupformer; print(hasattr(groupformer, 'nothing'), 'regroup' in dir(groupformer))"
+    assert python(code) == "False True"
+    assert "no module named" in python(
+        "try:\n import groupformer.nothing\nexcept ImportError as e: print(str(e).lower())"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["regroup", "--help"], ["nonsense"], []])
+def test_the_command_line_answers_without_torch_and_transformers(arguments):
+    code = (
+        "import sys, groupformer.__main__ as entry\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "try: entry.main()\n"
+        "except SystemExit: pass\n"
+        "print('loaded:', [name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules])"
+    )
+    assert python(code).splitlines()[-1] == "loaded: []"
+
+
+def test_completion_answers_without_torch_and_transformers():
+    code = (
+        "import os, sys, groupformer.__main__ as entry\n"
+        "os.environ.update(_GROUPFORMER_COMPLETE='complete_bash', COMP_WORDS='groupformer reg', COMP_CWORD='1')\n"
+        "sys.argv[1:] = []\n"
+        "try: entry.main()\n"
+        "except SystemExit: pass\n"
+        "print('loaded:', [name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules])"
+    )
+    assert python(code).splitlines() == ["regroup", "loaded: []"]
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.5, 2.0, *(pytest.param(slow, marks=pytest.mark.slow) for slow in (0.2, 1.0, 1.5, 3.0, 5.0, 10.0))]
+)
+def test_ctrl_c_is_one_line_at_any_moment(seconds, tmp_path):
+    (tmp_path / "long.txt").write_text("A river flows to the sea. " * 40_000)
+    code = (
+        "import os, runpy, signal, sys, threading\n"
+        f"threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        f"sys.argv = ['groupformer', 'eval', 'hub_card', '--file', {str(tmp_path / 'long.txt')!r}]\n"
+        "runpy.run_module('groupformer', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("interrupted")
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
