@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import groupformer
@@ -214,8 +214,29 @@ def test_tokenizer_loads_from_the_imported_folder_as_from_the_native_one(tmp_pat
     assert type(got) is type(expected)
     text = "Löss, 3 rivers\n\tand <|endoftext|>"
     assert got(text)["input_ids"] == expected(text)["input_ids"]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "ours" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "ours" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    positions = AutoConfig.from_pretrained(folder).max_position_embeddings
+    assert got.model_max_length == min(expected.model_max_length, positions)
+
+
+@pytest.mark.parametrize("own, limit", [(None, 64), (int(1e30), 64), (40, 40), (4096, 64)])
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_an_imported_tokenizer_cuts_to_the_positions_where_these_have_an_end(name, own, limit, tmp_path):
+    folder = tmp_path / "native"
+    native_model(name, next(iter(FAMILIES[name].examples)), vocab_size=300).save_pretrained(folder)
+    positions = {} if name == "bloom" else {"max_position_embeddings": 64}  # ALiBi has no end
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **positions}))
+    PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer()).save_pretrained(folder)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    written.pop("model_max_length", None)
+    written |= {} if own is None else {"model_max_length": own}
+    (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    import_folder(folder, tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    expected = limit if name == "llama" else own
+    assert tokenizer.model_max_length == (expected if expected is not None else int(1e30))
+    assert len(tokenizer("a" * 100, truncation=True)["input_ids"]) == min(100, expected or 100)
 
 
 def test_generation_config_and_licence_travel_along_as_they_are(native, tmp_path):

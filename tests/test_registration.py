@@ -84,6 +84,7 @@ NOT_NEEDED = {
     "GGUF_SUPPORTED_ARCHITECTURES": "the same",
     "GGUF_TOKENIZER_TYPES": "the same",
     "TENSOR_PROCESSORS": "the same",
+    "DEFAULT_EXAMPLES": "prompts of a chat, of which one is about a llama",
     "MODEL_CONFIGS_TO_MEGATRON_PARSERS": "Megatron-LM builds a Llama of its own; it has none of our variants",
 }
 
@@ -109,7 +110,9 @@ def tables_of_llama(prefixes):
         if module_name.split(".")[0] not in prefixes or inside:
             continue
         for name, table in list(vars(module).items()):
-            if isinstance(table, (Mapping, _LazyAutoMapping, list, tuple, set, frozenset)):
+            if not name.startswith("__") and isinstance(
+                table, (Mapping, _LazyAutoMapping, list, tuple, set, frozenset)
+            ):
                 extra = list(getattr(table, "_model_mapping", ()))  # the keys of a lazy mapping import every model
                 if any(names_llama(entry) for entry in extra or list(table)):
                     found.setdefault(id(table), (name, table))

@@ -25,6 +25,7 @@ from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import BinSource, SafetensorsSource, Source, open_checkpoint
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
 from .shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
+from .token_limit import with_token_limit
 from .weights import Group
 
 
@@ -139,6 +140,8 @@ def import_folder(
         write_our_code(conversion, folder)
         conversion.our_config.save_pretrained(folder)
         copy_companions(source_folder, folder)
+        if (limited := with_token_limit(folder, conversion.our_config)) is not None:
+            (folder / "tokenizer_config.json").write_text(limited, encoding="utf-8")
         write_tokenizer_code(folder)
     return conversion
 

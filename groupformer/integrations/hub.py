@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.loading import refuse_broken_files
+from ..conversion.token_limit import with_token_limit
+from ..model.configuration_groupformer import GroupFormerConfig
 
 
 # What belongs to a checkpoint; training state, logs and whatever else lies beside it stays at home.
@@ -92,6 +94,9 @@ def push_folder(
     names = filter_repo_objects(files, allow_patterns=list(BELONGS), ignore_patterns=["checkpoint-*/*"])
     contents: dict[str, str | bytes] = {name: str(files[name]) for name in names}
     if config.get("model_type") == "groupformer":
+        limited = with_token_limit(folder, GroupFormerConfig.from_pretrained(folder))
+        if limited is not None:
+            contents["tokenizer_config.json"] = limited.encode()
         contents |= {name: str(MODEL / name) for name in missing_code(folder)}
         if "README.md" not in contents:
             contents["README.md"] = card_of(folder, repo_id).encode()
@@ -109,7 +114,7 @@ def push_folder(
 
 
 def missing_code(folder: Path) -> list[str]:
-    """The code files that a GroupFormer's folder lacks: none where it has a model's code, which may be an older one."""
+    """The code files that a GroupFormer's folder lacks; where it has a model's code, which may be older, that goes."""
     tokenizer = folder / "tokenizer_config.json"
     names = sorted(path.name for path in MODEL.glob("*_groupformer.py"))
     if not tokenizer.is_file() or "tokenization_groupformer" not in tokenizer.read_text(encoding="utf-8"):
@@ -137,7 +142,6 @@ def card_of(folder: Path, repo_id: str) -> str:
     """A card that says what a checkpoint is, from its config alone."""
     import torch
 
-    from .. import GroupFormerConfig
     from ..measuring.cache import cache_bytes_per_token
 
     config = GroupFormerConfig.from_pretrained(folder)

@@ -28,8 +28,30 @@ SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", *ROLE_TOKENS)
 # The vocabulary that ships in the package. On the Hub there is none: a repository brings its own tokenizer.json.
 SHIPPED_VOCABULARY = Path(__file__).parent / "vocabulary" / "tokenizer.json"
 
+# Tokens to which `truncation=True` cuts, where no limit is given: the positions of `GroupFormerConfig()`.
+MODEL_MAX_LENGTH = 2048
+
 # A turn is its role's token, its text and the end token. `generation` marks what the assistant says, for loss masks.
 CHAT_TEMPLATE = """\
+{%- macro text_of(message) -%}
+    {%- set where = "content of role " + message['role'] -%}
+    {%- set remedy = "; give a text, or a list of parts {'type': 'text', 'text': ...}" -%}
+    {%- set content = message['content'] -%}
+    {%- if content is not defined or content is none -%}
+        {{- raise_exception(where + " is missing or None" + remedy) -}}
+    {%- elif content is string -%}
+        {{- content -}}
+    {%- elif content is mapping or content is not sequence -%}
+        {{- raise_exception(where + " (" + content | string + ") is no text" + remedy) -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}
+                {{- raise_exception(where + " has a part that is no text (" + part | string + ")" + remedy) -}}
+            {%- endif -%}
+            {{- part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- for message in messages -%}
     {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
@@ -37,9 +59,9 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
     {{- '<|' + message['role'] + '|>' -}}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+        {%- generation -%}{{- text_of(message) + eos_token -}}{%- endgeneration -%}
     {%- else -%}
-        {{- message['content'] + eos_token -}}
+        {{- text_of(message) + eos_token -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
@@ -54,7 +76,9 @@ class GroupFormerTokenizer(TokenizersBackend):
         tokenizer_object (`tokenizers.Tokenizer`, *optional*): A tokenizer in memory, instead of a file.
         bos_token, eos_token, pad_token (`str`, default to `"<|begin|>"`, `"<|end|>"`, `"<|pad|>"`): Special tokens.
         extra_special_tokens (`list[str]`, *optional*): Further ones; by default those that open a turn.
-        chat_template (`str`, *optional*): A Jinja template; by default one with system, user and assistant turns.
+        chat_template (`str`, *optional*): A Jinja template; by default one with system, user and assistant turns,
+            whose content is a text or a list of parts of the type "text".
+        model_max_length (`int`, defaults to 2048): Tokens to which `truncation=True` cuts: the model's positions.
 
     Special tokens that the vocabulary lacks are added at its end.
 
@@ -75,6 +99,7 @@ class GroupFormerTokenizer(TokenizersBackend):
         pad_token: str | AddedToken = "<|pad|>",
         extra_special_tokens: Sequence[str | AddedToken] | dict[str, str | AddedToken] | None = None,
         chat_template: str | dict | None = None,
+        model_max_length: int | None = None,
         **kwargs,
     ):
         if tokenizer_file is None and tokenizer_object is None and kwargs.get("gguf_file") is None:
@@ -94,6 +119,7 @@ class GroupFormerTokenizer(TokenizersBackend):
             pad_token=pad_token,
             extra_special_tokens=list(ROLE_TOKENS) if extra_special_tokens is None else extra_special_tokens,
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+            model_max_length=MODEL_MAX_LENGTH if model_max_length is None else model_max_length,
             **kwargs,
         )
 

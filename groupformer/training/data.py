@@ -159,7 +159,12 @@ def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str
     def rows(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         if None in batch[column]:
             raise ValueError(f"column ({column!r}) has rows without text; remove them")
-        encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = tokenizer(
+            batch[column],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # documents may be longer than the model's positions: they are packed into rows
+        )["input_ids"]
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         packed = list(pack((begin + tokens + end for tokens in encoded), row_length))

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, 
 
 from .. import GroupFormerConfig, GroupFormerTokenizer
 from ..conversion.loading import load_checked
+from ..conversion.token_limit import limit_tokenizer
 from .data import expand, load_files, require_column
 from .pretraining import packed_collator
 from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
@@ -244,6 +245,7 @@ def finetune(
     rows = encode(task, hold_out(splits, recipe.seed))
     model = load_model(recipe, task, tokenizer)
     check_lengths(model, rows)
+    limit_tokenizer(tokenizer, model.config, fresh=recipe.model is None)
     files = [*recipe.train_files, *recipe.validation_files, *recipe.test_files]
     inputs: list[str | Path] = [*(expand(files) if files else [])]
     inputs += [source for source in (recipe.model, recipe.tokenizer) if source is not None]

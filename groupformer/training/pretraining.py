@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from ..conversion.token_limit import limit_tokenizer
 from .data import collate_flat, collate_rows, expand, load_files, tokenize_and_pack
 from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
@@ -234,6 +235,7 @@ def pretrain(
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
     model = build_model(recipe, tokenizer)
     train_rows, validation_rows = load_splits(recipe, tokenizer)
+    limit_tokenizer(tokenizer, model.config, fresh=True)
     countable = hasattr(validation_rows, "__len__")
     inputs = expand([*recipe.train_files, *recipe.validation_files]) if recipe.train_files else []
     prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from ..conversion.loading import load_checked
+from ..conversion.token_limit import limit_tokenizer
 from .data import expand, load_files, tokenize_and_pack
 from .pretraining import PackedTrainer, bytes_per_token, packed_collator
 from .readiness import (
@@ -408,4 +409,5 @@ def save(model: Any, tokenizer: Any, output: Path, dtype: torch.dtype | None) ->
     plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     plain.config.use_cache = True  # Trainer turns it off for training, and would save that
     plain.to(dtype or torch.float32).save_pretrained(output)
+    limit_tokenizer(tokenizer, plain.config)
     tokenizer.save_pretrained(output)
