@@ -38,6 +38,7 @@ PUBLIC = {
     "GroupFormerTokenizer": "model.tokenization_groupformer",
     "expand": "regrouping",
     "export_model": "conversion",
+    "heal": "regrouping.heal",
     "import_model": "conversion",
     "regroup": "regrouping",
 }
@@ -80,6 +81,7 @@ __all__ = [
     "__version__",
     "expand",
     "export_model",
+    "heal",
     "import_model",
     "regroup",
 ]

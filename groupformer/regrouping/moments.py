@@ -74,30 +74,39 @@ def check_calibration(calibration: torch.Tensor, config: PreTrainedConfig) -> No
         ValueError: wrong shape or dtype, ids outside the vocabulary, rows longer than the positions, or fewer tokens
             than hidden_size.
     """
-    if not isinstance(calibration, torch.Tensor):
-        raise TypeError(
-            f"calibration ({type(calibration).__name__}) is no tensor; give token ids, a LongTensor (batch, seq)"
-        )
-    if calibration.ndim != 2 or calibration.dtype not in (torch.int32, torch.int64):  # those that embeddings take
-        raise ValueError(
-            f"calibration has shape {tuple(calibration.shape)} and dtype {calibration.dtype}; "
-            "give token ids, a LongTensor (batch, seq)"
-        )
+    check_token_ids("calibration", calibration, config)
     if calibration.numel() < config.hidden_size:
         raise ValueError(
             f"calibration has {calibration.numel()} tokens, but hidden_size ({config.hidden_size}) directions are to "
             "be measured; give at least as many tokens, better ten times as many, or none at all"
-        )
-    if calibration.min() < 0 or calibration.max() >= config.vocab_size:
-        raise ValueError(
-            f"calibration has token ids from {int(calibration.min())} to {int(calibration.max())}, but vocab_size is "
-            f"{config.vocab_size}; use the model's own tokenizer"
         )
     longest = longest_row(config)
     if longest is not None and calibration.shape[1] > longest:
         raise ValueError(
             f"calibration has rows of {calibration.shape[1]} tokens, but max_position_embeddings ({longest}) is all "
             "that the model has; give shorter rows"
+        )
+
+
+def check_token_ids(name: str, token_ids: torch.Tensor, config: PreTrainedConfig) -> None:
+    """Refuses what is no batch of a model's token ids.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: wrong shape or dtype, or ids outside the vocabulary.
+    """
+    if not isinstance(token_ids, torch.Tensor):
+        raise TypeError(f"{name} ({type(token_ids).__name__}) is no tensor; give token ids, a LongTensor (batch, seq)")
+    if token_ids.ndim != 2 or token_ids.dtype not in (torch.int32, torch.int64):  # those that embeddings take
+        raise ValueError(
+            f"{name} has shape {tuple(token_ids.shape)} and dtype {token_ids.dtype}; "
+            "give token ids, a LongTensor (batch, seq)"
+        )
+    vocab_size = config.get_text_config().vocab_size
+    if token_ids.numel() and (token_ids.min() < 0 or token_ids.max() >= vocab_size):
+        raise ValueError(
+            f"{name} has token ids from {int(token_ids.min())} to {int(token_ids.max())}, but vocab_size is "
+            f"{vocab_size}; use the model's own tokenizer"
         )
 
 

@@ -1,0 +1,588 @@
+"""Healing: layer by layer, the attention of a regrouped model learns to give what the original's attention gave.
+
+Student and original read the same rows of tokens, one layer after the other, each on its own residual stream. Let h be
+the original's stream before a layer, s the student's, and a what the original's attention adds to h. The student's
+attention is to add `a + h - s`: then both streams are equal after it, whatever the layers before have lost. The error
+of each token counts in relation to its stream, |error|² / |h + a|², because the next norm divides by that.
+
+First the output projection is solved for in closed form (`solve_output`), then all of the attention's parameters are
+trained by AdamW on that error. Only one layer of each model is at work at a time, no logits are computed, and nothing
+but the attention changes. Any decoder of transformers can be healed whose layers have an attention module.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .moments import check_token_ids
+
+
+CLOSE = 1e-5  # relative error below which nothing has been lost, and nothing is to be won back
+
+
+@dataclass
+class HealRecipe:
+    """How a layer is healed.
+
+    Args:
+        epochs: Passes over the rows, at most.
+        batch_size: Rows in one step.
+        learning_rate: Highest of the cosine, as a share of the root mean square of each weight.
+        ridge: Of the closed form, as a share of the mean energy of the attention's features.
+        held_out: Share of the batches, at least one, on which the error is measured and no step is made.
+        patience: Epochs without a lower error after which a layer is done.
+        bf16: Autocast in bfloat16. `None`: on GPUs and CPUs with matrix units for it.
+        seed: Of the order of the batches.
+    """
+
+    epochs: int = 4
+    batch_size: int = 4
+    learning_rate: float = 0.03
+    ridge: float = 0.01
+    held_out: float = 0.08
+    patience: int = 2
+    bf16: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        for name in ("learning_rate", "ridge"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, and finite")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out ({self.held_out}) must be above 0 and below 1, a share of the batches")
+
+
+@dataclass
+class LayerReport:
+    """What healing did to a layer.
+
+    Args:
+        layer_idx: Its number.
+        merged, solved, healed: Errors on held-out rows, |error|² / |a|² with both weighted as above: before, after the
+            closed form, and at the end.
+        is_healed: False where the loss was not finite, or did not fall: the layer keeps its merged weights.
+    """
+
+    layer_idx: int
+    merged: float
+    solved: float
+    healed: float
+    is_healed: bool
+
+
+def heal(
+    model: Any,
+    original: Any,
+    token_ids: torch.Tensor,
+    recipe: HealRecipe | None = None,
+    *,
+    progress: Callable[[LayerReport, int], None] = lambda report, layers: None,
+) -> list[LayerReport]:
+    """Win back what a merge lost: train the attention of a regrouped model, in place, layer by layer.
+
+    Args:
+        model: The regrouped model; only the parameters of its attention change. Its dtype stays.
+        original: The model that it was made from, of the same class.
+        token_ids: LongTensor (rows, seq) of text like that which the model is for; 50,000 to 200,000 tokens.
+        recipe: How. Default: `HealRecipe()`.
+        progress: Called with each layer's report and the number of layers.
+
+    Returns:
+        A report for each layer. Layers without loss are left as they are.
+
+    Raises:
+        ValueError: an original of another class or shape, or token ids that are too few or not the model's.
+    """
+    recipe = recipe or HealRecipe()
+    check_pair(model, original)
+    batches = split_batches(token_ids, model.config, recipe)
+    student, teacher = DecoderLayers(model), DecoderLayers(original)
+    precision = autocast(student.device, recipe.bf16)
+    reports = []
+    with evaluating(model), evaluating(original), precision:
+        streams, expected = student.embed(batches), teacher.embed(batches)
+        for layer_idx in range(len(student.layers)):
+            with student.layer(layer_idx) as own, teacher.layer(layer_idx) as other:
+                report, streams, expected = heal_layer(own, other, streams, expected, recipe)
+            reports.append(report)
+            progress(report, len(student.layers))
+    return reports
+
+
+def check_pair(model: Any, original: Any) -> None:
+    """Refuses an original that the model cannot have been made from.
+
+    Raises:
+        ValueError: another class, or another value of a field of its shape, by name.
+    """
+    if model is original:
+        raise ValueError("original is the model itself; give the model from before the merge")
+    if type(model.base_model) is not type(original.base_model):
+        raise ValueError(
+            f"original is a {type(original).__name__}, but model a {type(model).__name__}; "
+            "give the model that this one was made from (groupformer.import_model turns it into a GroupFormer)"
+        )
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        own, other = (getattr(each.config.get_text_config(), name, None) for each in (model, original))
+        if own != other:
+            raise ValueError(f"original has {name} {other}, but model has {own}; give the model it was made from")
+
+
+def split_batches(token_ids: torch.Tensor, config: Any, recipe: HealRecipe) -> list[torch.Tensor]:
+    """The rows as batches; there are at least two, one to learn from and one to measure the error on."""
+    check_token_ids("token_ids", token_ids, config)
+    size = min(recipe.batch_size, token_ids.shape[0] // 2)
+    if size < 1 or token_ids.shape[1] < 2:
+        raise ValueError(
+            f"token_ids has shape {tuple(token_ids.shape)}, but healing needs at least 2 rows of 2 tokens; "
+            "give more text, or shorter rows"
+        )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and token_ids.shape[1] > limit:
+        raise ValueError(
+            f"token_ids has rows of {token_ids.shape[1]} tokens, more than max_position_embeddings ({limit}); "
+            "give shorter rows"
+        )
+    return [batch for batch in token_ids.split(size) if len(batch) == size]
+
+
+# One layer -----------------------------------------------------------------------------------------------------------
+
+Streams = list[torch.Tensor]
+
+
+def heal_layer(
+    own: "Layer", other: "Layer", streams: Streams, expected: Streams, recipe: HealRecipe
+) -> tuple[LayerReport, Streams, Streams]:
+    """Heals one layer, and passes both residual streams, lists of batches (B, T, E), through it."""
+    following, added = other.run(expected)
+    # In a layer whose norm comes after attention, the solution is for what the norm reads.
+    outputs = [each.raw for each in added]
+    goals = [a.added + h - s for a, h, s in zip(added, expected, streams)]
+    # One weight for each token; a stream of nothing but zeros would be infinitely important.
+    weights = [1 / (h + a.added).square().mean(-1, keepdim=True).clamp(min=1e-12) for a, h in zip(added, expected)]
+    energies = [float((w * a.added.square()).mean()) for w, a in zip(weights, added)]
+    problem = Problem(own, own.calls(streams), goals, weights, max(sum(energies) / len(energies), 1e-30), recipe)
+    merged = best = problem.error()
+    solved = healed = merged
+    kept = own.state()
+    if math.isfinite(merged) and merged > CLOSE:
+        problem.solve(goals if not own.has_norm_after else outputs)
+        solved = problem.error()
+        if solved < best:
+            kept, best = own.state(), solved
+        else:
+            own.load(kept)
+        kept, healed = problem.train(kept, best)
+        own.load(kept)
+    report = LayerReport(own.layer_idx, merged, solved, healed, healed < merged or merged <= CLOSE)
+    return report, own.run(streams)[0], following
+
+
+class Problem:
+    """One layer's attention calls, what they are to add, and how errors are weighed; the last batches are held out."""
+
+    def __init__(
+        self, layer: "Layer", calls: list["Call"], goals: Streams, weights: Streams, energy: float, recipe: HealRecipe
+    ):
+        self.layer, self.calls, self.goals, self.weights = layer, calls, goals, weights
+        self.energy, self.recipe = energy, recipe
+        self.learned = len(calls) - max(1, round(recipe.held_out * len(calls)))
+
+    def loss(self, index: int) -> torch.Tensor:
+        """The relative error of a batch."""
+        error = (self.layer.attend(self.calls[index]).added - self.goals[index]).square()
+        return (self.weights[index] * error).mean() / self.energy
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """The mean relative error of the batches held out."""
+        held_out = range(self.learned, len(self.calls))
+        return sum(float(self.loss(index)) for index in held_out) / len(held_out)
+
+    @torch.no_grad()
+    def solve(self, goals: Streams) -> None:
+        """Sets the output projection to the solution of `solve_output`, where the layer has one that can be set."""
+        projection = self.layer.output_projection(self.calls[0])
+        if projection is None:
+            return
+        features = LeastSquares(projection)
+        for index in range(self.learned):
+            with features.recorded() as inputs:
+                output = self.layer.attend(self.calls[index]).raw
+            features.add(inputs[0], goals[index] - output, self.weights[index])
+        features.solve(self.recipe.ridge)
+
+    def train(self, kept: dict[str, torch.Tensor], best: float) -> tuple[dict[str, torch.Tensor], float]:
+        """Trains the attention's parameters; returns the best weights on the way and their error.
+
+        Stops where an epoch has not lowered the error for a while, and at once where the loss is not finite.
+        """
+        recipe, parameters = self.recipe, list(self.layer.attention.parameters())
+        if not recipe.epochs:
+            return kept, best
+        learns = [each.requires_grad for each in parameters]
+        self.layer.attention.requires_grad_(True)
+        try:
+            return self._train(parameters, kept, best)
+        finally:
+            for parameter, was_learning in zip(parameters, learns):
+                parameter.requires_grad_(was_learning).grad = None
+
+    def _train(
+        self, parameters: list[nn.Parameter], kept: dict[str, torch.Tensor], best: float
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        recipe = self.recipe
+        groups = [
+            {"params": [each], "lr": recipe.learning_rate * max(float(each.detach().square().mean().sqrt()), 1e-3)}
+            for each in parameters
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        steps = recipe.epochs * self.learned
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        epochs_without = 0
+        for _ in range(recipe.epochs):
+            for index in torch.randperm(self.learned, generator=generator).tolist():
+                with torch.enable_grad():
+                    loss = self.loss(index)
+                if not torch.isfinite(loss):
+                    return kept, best
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                rate.step()
+            error = self.error()
+            if error < best:
+                kept, best, epochs_without = self.layer.state(), error, 0
+            else:
+                epochs_without += 1
+            if epochs_without >= recipe.patience or not math.isfinite(error):
+                break
+        return kept, best
+
+
+def cosine_with_warmup(step: int, steps: int, warmup: int = 5) -> float:
+    """The share of the highest learning rate at a step."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class LeastSquares:
+    """The change D of a linear layer that takes its weighted error away, in float64.
+
+    With inputs u, weights w and errors r of the output, the D that minimises Σ w |D u - r|² + λ |D|² is
+    (Σ w r uᵀ) (Σ w u uᵀ + λ)⁻¹, with λ a share of the mean of Σ w u² over features. A bias is one more feature of 1.
+    """
+
+    def __init__(self, projection: nn.Module):
+        self.projection = projection
+        self.gram: torch.Tensor | float = 0.0
+        self.cross: torch.Tensor | float = 0.0
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[torch.Tensor]]:
+        """The inputs of the layer's calls inside the context."""
+        inputs: list[torch.Tensor] = []
+        hook = self.projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        try:
+            yield inputs
+        finally:
+            hook.remove()
+
+    def add(self, inputs: torch.Tensor, errors: torch.Tensor, weights: torch.Tensor) -> None:
+        """Counts a batch: inputs (B, T, F), errors (B, T, E) and weights (B, T, 1)."""
+        features = inputs.flatten(0, 1).double()
+        if getattr(self.projection, "bias", None) is not None:
+            features = torch.cat((features, features.new_ones(len(features), 1)), dim=1)
+        weighted = (features * weights.flatten(0, 1).double()).T
+        self.gram = self.gram + weighted @ features
+        self.cross = self.cross + weighted @ errors.flatten(0, 1).double()
+
+    def solve(self, ridge: float) -> None:
+        """Adds the solution to the layer's weight and bias."""
+        gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
+        penalty = ridge * gram.diagonal().mean().clamp(min=1e-30)
+        change = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
+        weight, bias = self.projection.weight, getattr(self.projection, "bias", None)
+        size = len(change) - (bias is not None)
+        weight += change[:size] if isinstance(self.projection, Conv1D) else change[:size].T
+        if bias is not None:
+            bias += change[size]
+
+
+# Running a decoder layer by layer ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Attended:
+    """An attention's output (B, T, E), and what the layer adds of it to the residual stream, both in float32."""
+
+    raw: torch.Tensor
+    added: torch.Tensor
+
+
+class AttentionCalledError(Exception):
+    """Ends a layer's forward pass once its attention has been called."""
+
+
+class Layer:
+    """A decoder layer in float32 and its attention, with the arguments beside the hidden states for each batch."""
+
+    def __init__(self, module: nn.Module, layer_idx: int, calls: list[Call], multiplier: float):
+        self.module, self.layer_idx, self.others = module, layer_idx, calls
+        self.attention = attention_of(module)
+        self.multiplier = multiplier
+        self.after: list[nn.Module] = []
+
+    @property
+    def has_norm_after(self) -> bool:
+        return bool(self.after)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.attention.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.attention.named_parameters():
+            parameter.copy_(state[name])
+
+    def _call(self, states: torch.Tensor, call: Call) -> torch.Tensor:
+        outputs = self.module(states.to(device_of(self.module)), *call.args, **call.kwargs)
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+    @torch.no_grad()
+    def run(self, streams: Streams) -> tuple[Streams, list[Attended]]:
+        """The residual stream after the layer, and what its attention gave, for each batch."""
+        following, attended = [], []
+        for states, call in zip(streams, self.others):
+            with self._watched() as watched:
+                following.append(self._call(states, call).float().to(states.device))
+            self.after = watched["after"]
+            raw, added = watched["raw"].float(), watched["added"].float() * self.multiplier
+            attended.append(Attended(raw.to(states.device), added.to(states.device)))
+        return following, attended
+
+    @contextmanager
+    def _watched(self) -> Iterator[dict[str, Any]]:
+        """Sees the attention's output, and the layer's norms that read nothing but it (OLMo 2, Gemma 2)."""
+        seen: dict[str, Any] = {"after": []}
+
+        def see_attention(module: nn.Module, args: Any, output: Any) -> None:
+            seen["raw"] = seen["added"] = output if isinstance(output, torch.Tensor) else output[0]
+
+        def see_child(module: nn.Module, args: Any, output: Any) -> None:
+            if "added" not in seen or not (args and is_same(args[0], seen["added"])):
+                return
+            if isinstance(output, torch.Tensor) and not is_same(output, args[0]):
+                seen["added"] = output
+                seen["after"].append(module)
+
+        hooks = [self.attention.register_forward_hook(see_attention)]
+        others = (child for child in self.module.children() if child is not self.attention)
+        hooks += [child.register_forward_hook(see_child) for child in others]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def calls(self, streams: Streams) -> list[Call]:
+        """The arguments with which the layer calls its attention, for each batch."""
+        calls: list[Call] = []
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.append(Call(args, kwargs))
+            raise AttentionCalledError
+
+        hook = self.attention.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            for states, call in zip(streams, self.others):
+                with contextlib.suppress(AttentionCalledError):
+                    self._call(states, call)
+        finally:
+            hook.remove()
+        return calls
+
+    def attend(self, call: Call) -> Attended:
+        """What the attention gives for a call."""
+        output = self.attention(*call.args, **call.kwargs)
+        raw = output if isinstance(output, torch.Tensor) else output[0]
+        added = raw
+        for module in self.after:
+            added = module(added)
+        return Attended(raw.float(), added.float() * self.multiplier)
+
+    @torch.no_grad()
+    def output_projection(self, call: Call) -> nn.Module | None:
+        """The linear layer whose output is the attention's, unless it is wrapped or quantized."""
+        outputs: list[tuple[nn.Module, int]] = []
+        linears = [module for module in self.attention.modules() if type(module) in (nn.Linear, Conv1D)]
+        hooks = [
+            linear.register_forward_hook(lambda module, args, output: outputs.append((module, output.data_ptr())))
+            for linear in linears
+        ]
+        try:
+            output = self.attention(*call.args, **call.kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raw = output if isinstance(output, torch.Tensor) else output[0]
+        return next((module for module, place in reversed(outputs) if place == raw.data_ptr()), None)
+
+
+class DecoderLayers:
+    """A model's decoder layers, and the arguments that the model calls each of them with."""
+
+    def __init__(self, model: Any):
+        self.model, self.base = model, model.base_model
+        self.layers = decoder_layers(model)
+        self.device = device_of(self.base)
+        self.multiplier = float(getattr(model.config.get_text_config(), "residual_multiplier", None) or 1.0)
+        self.calls: list[list[Call]] = [[] for _ in self.layers]
+
+    @contextmanager
+    def layer(self, layer_idx: int) -> Iterator[Layer]:
+        """A layer, in float32 as long as it is at work."""
+        module = self.layers[layer_idx]
+        dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        module.float()
+        try:
+            yield Layer(module, layer_idx, self.calls[layer_idx], self.multiplier)
+        finally:
+            for name, parameter in module.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
+
+    @torch.no_grad()
+    def embed(self, batches: list[torch.Tensor]) -> Streams:
+        """What enters the first layer, for each batch of token ids; what else enters each layer is kept in `calls`."""
+        streams = []
+        for batch in batches:
+            try:
+                hidden_states, calls = self._pass_through(batch, as_tuple=False)
+            except LayerOutputError:
+                hidden_states, calls = self._pass_through(batch, as_tuple=True)
+            streams.append(hidden_states.float())
+            for layer_idx, call in enumerate(calls):
+                self.calls[layer_idx].append(call)
+        return streams
+
+    def _pass_through(self, batch: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[Call]]:
+        """Runs the model with layers that give back what they are given; some models expect a tuple of it."""
+        states: list[Any] = []
+        calls: list[Call] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(kwargs)
+            given = args[0] if args else kwargs.pop("hidden_states", None)
+            if not isinstance(given, torch.Tensor) or given.shape[:2] != batch.shape:
+                raise LayerOutputError
+            states.append(given)
+            calls.append(Call(args[1:], kwargs))
+            return (given,) if as_tuple else given
+
+        replaced = [vars(layer).get("forward") for layer in self.layers]  # hooks of accelerate live there
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            # Some models fail where they read the first of a tuple that is none.
+            self.base(input_ids=batch.to(self.device), use_cache=False)
+        except LayerOutputError:
+            raise
+        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if as_tuple or len(calls) == 0:
+                raise
+            raise LayerOutputError from error
+        finally:
+            for layer, forward_before in zip(self.layers, replaced):
+                del layer.forward
+                if forward_before is not None:
+                    layer.forward = forward_before
+        if len(calls) != len(self.layers):
+            raise ValueError(f"model calls {len(calls)} of its {len(self.layers)} layers; healing needs each once")
+        return states[0], calls
+
+
+class LayerOutputError(Exception):
+    """A model does not take a layer's output as it was given."""
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of a model's decoder layers.
+
+    Raises:
+        ValueError: the model has none, or layers without attention.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            for layer in module:
+                attention_of(layer)
+            return module
+    raise ValueError(f"model ({type(model).__name__}) has no list of its {count} decoder layers")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    found = [child for child in layer.children() if "Attention" in type(child).__name__]
+    if len(found) != 1:
+        raise ValueError(f"{type(layer).__name__} has {len(found)} attention modules, but healing needs one")
+    return found[0]
+
+
+def is_same(value: Any, tensor: torch.Tensor) -> bool:
+    """Whether a value is a tensor in the same place."""
+    return isinstance(value, torch.Tensor) and value.data_ptr() == tensor.data_ptr()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def autocast(device: torch.device, bf16: bool | None) -> Any:
+    """Autocast in bfloat16, by default where the device multiplies faster in it."""
+    if bf16 is None:
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported()
+        else:
+            bf16 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    # Its cache of weights would not see them change.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+__all__ = ["HealRecipe", "LayerReport", "heal"]
