@@ -26,6 +26,8 @@ from .moments import check_token_ids
 
 CLOSE = 1e-5  # relative error below which nothing has been lost, and nothing is to be won back
 
+BACKOFF = 0.3  # the learning rate's factor after an epoch that did not help
+
 
 @dataclass
 class HealRecipe:
@@ -37,7 +39,7 @@ class HealRecipe:
         learning_rate: Highest of the cosine, as a share of the root mean square of each weight.
         ridge: Of the closed form, as a share of the mean energy of the attention's features.
         held_out: Share of the batches, at least one, on which the error is measured and no step is made.
-        patience: Epochs without a lower error after which a layer is done.
+        patience: Epochs in a row without a lower error after which a layer is done.
         bf16: Autocast in bfloat16. `None`: on GPUs and CPUs with matrix units for it.
         seed: Of the order of the batches.
     """
@@ -226,7 +228,8 @@ class Problem:
     def train(self, kept: dict[str, torch.Tensor], best: float) -> tuple[dict[str, torch.Tensor], float]:
         """Trains the attention's parameters; returns the best weights on the way and their error.
 
-        Stops where an epoch has not lowered the error for a while, and at once where the loss is not finite.
+        An epoch that does not lower the error is taken back, and the next ones make smaller steps. Stops after
+        `patience` such epochs in a row, and at once where the loss is not finite.
         """
         recipe, parameters = self.recipe, list(self.layer.attention.parameters())
         if not recipe.epochs:
@@ -242,36 +245,46 @@ class Problem:
     def _train(
         self, parameters: list[nn.Parameter], kept: dict[str, torch.Tensor], best: float
     ) -> tuple[dict[str, torch.Tensor], float]:
-        recipe = self.recipe
-        groups = [
-            {"params": [each], "lr": recipe.learning_rate * max(float(each.detach().square().mean().sqrt()), 1e-3)}
-            for each in parameters
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        recipe, share, epochs_without = self.recipe, 1.0, 0
+        optimizer = self._optimizer(parameters)
         steps = recipe.epochs * self.learned
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps))
         generator = torch.Generator().manual_seed(recipe.seed)
-        epochs_without = 0
-        for _ in range(recipe.epochs):
-            for index in torch.randperm(self.learned, generator=generator).tolist():
-                with torch.enable_grad():
-                    loss = self.loss(index)
-                if not torch.isfinite(loss):
-                    return kept, best
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients):
-                    parameter.grad = gradient
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                rate.step()
+        for step in range(steps):
+            if step % self.learned == 0:
+                order = torch.randperm(self.learned, generator=generator).tolist()
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["highest"] * cosine_with_warmup(step, steps)
+            with torch.enable_grad():
+                loss = self.loss(order[step % self.learned])
+            if not torch.isfinite(loss):
+                break
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if (step + 1) % self.learned:
+                continue
             error = self.error()
             if error < best:
                 kept, best, epochs_without = self.layer.state(), error, 0
-            else:
-                epochs_without += 1
-            if epochs_without >= recipe.patience or not math.isfinite(error):
+                continue
+            # Steps were too large: go on from the best weights, more carefully.
+            epochs_without += 1
+            if epochs_without >= recipe.patience:
                 break
+            self.layer.load(kept)
+            optimizer, share = self._optimizer(parameters), share * BACKOFF
         return kept, best
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW whose highest learning rate is a share of each weight's root mean square."""
+        sizes = [max(float(parameter.detach().square().mean().sqrt()), 1e-3) for parameter in parameters]
+        groups = [
+            {"params": [parameter], "highest": self.recipe.learning_rate * size}
+            for parameter, size in zip(parameters, sizes)
+        ]
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def cosine_with_warmup(step: int, steps: int, warmup: int = 5) -> float:
