@@ -77,7 +77,7 @@ audit: $(READY)  ## Check the pinned packages against the known vulnerabilities
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
-# The site and its notebook, likewise. Nothing is fetched while the site is built, nor when it is read.
+# The site, likewise. Nothing is fetched while it is built, nor when it is read; its search works from files too.
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 $(DOCS_READY): $(READY)

@@ -3,12 +3,12 @@
 The pages are written for two readers, of the repository and of the site. In the repository a page may link to any
 file; on the site such a file becomes a page below repository/. A comment `<!-- source: module.name -->` is invisible
 in the repository; on the site the function's or class's code stands in its place, as it is now, without its docstring.
-A notebook lies in the repository without outputs; the site runs it when it is built, and shows what came out.
+A notebook lies in the repository with its outputs, which the site shows; `python scripts/docs_hooks.py` runs it again.
 """
 
 import ast
 import base64
-import functools
+import json
 import os
 import re
 import textwrap
@@ -93,9 +93,9 @@ def names_of(node: ast.AST) -> set[str]:
     return {getattr(node, "name", "")}
 
 
-@functools.lru_cache
 def executed(text: str, folder: Path) -> dict[str, Any]:
-    """A notebook with its outputs, run from top to bottom in a kernel of its own that starts in `folder`.
+    """A notebook with its outputs, run from top to bottom in a kernel of its own that starts in `folder`; without
+    what went to stderr.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -105,11 +105,16 @@ def executed(text: str, folder: Path) -> dict[str, Any]:
 
     notebook = nbformat.reads(text, as_version=4)
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook["cells"]:
+        cell["metadata"] = {}  # when each cell ran
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+    notebook["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
 
 def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
-    """A notebook as Markdown, and its pictures by their names; what went to stderr is left out."""
+    """A notebook as Markdown, and its pictures by their names."""
     parts, pictures = [], {}
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -118,9 +123,9 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
             picture = output.get("data", {}).get("image/png")
             if picture:
                 path = f"{name}-{len(pictures) + 1}.png"
-                pictures[path] = base64.b64decode(picture)
+                pictures[path] = base64.b64decode("".join(picture))
                 parts.append(f"![What the cell draws]({path})")
-            elif output.get("name") != "stderr":
+            else:
                 shown = output.get("text") or output["data"]["text/plain"]
                 parts.append(f"```text\n{''.join(shown).rstrip()}\n```")
     title, *rest = "\n\n".join(parts).split("\n", 1)
@@ -132,7 +137,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File, InclusionLevel
 
     for path in sorted((ROOT / "docs").glob("*.ipynb")):
-        content, pictures = notebook_page(executed(path.read_text(encoding="utf-8"), ROOT), path.stem)
+        content, pictures = notebook_page(json.loads(path.read_text(encoding="utf-8")), path.stem)
         files.append(File.generated(config, f"{path.name}.md", content=content))
         for name, picture in pictures.items():
             files.append(File.generated(config, name, content=picture))
@@ -163,3 +168,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return markdown
     markdown = relink(markdown, page.file.src_uri)
     return QUOTE.sub(lambda match: textwrap.indent(f"```python\n{quoted(match[2])}\n```", match[1]), markdown)
+
+
+if __name__ == "__main__":
+    import nbformat
+
+    for path in sorted((ROOT / "docs").glob("*.ipynb")):
+        nbformat.write(executed(path.read_text(encoding="utf-8"), ROOT), path)
