@@ -11,7 +11,7 @@ pytest.importorskip("gradio", reason="the app needs gradio: make test-app")
 pytest.importorskip("matplotlib", reason="the app needs matplotlib: make test-app")
 
 import gradio as gr
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.app import as_gradio_error, build, check_context, check_port, launch, read_config
@@ -76,6 +76,16 @@ def test_a_regrouped_model_is_saved_and_nothing_is_replaced(session, tmp_path):
     assert saved.config.num_key_value_heads == 2
     with pytest.raises(ValueError, match="is not empty"):
         session.save(1, tmp_path / "small")
+
+
+def test_a_native_model_stays_in_its_class(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16384, **shape)).save_pretrained(tmp_path)
+    GroupFormerTokenizer().save_pretrained(tmp_path)
+    native = Session.load(tmp_path, "cpu")
+    assert native.legal_counts() == [1, 2, 4]
+    assert native.save(2, tmp_path / "small") == "LlamaForCausalLM"
+    assert native.attend("a river", 2).kv_heads == [2, 2]
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

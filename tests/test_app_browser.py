@@ -12,7 +12,9 @@ pytest.importorskip("gradio", reason="the app needs gradio: make test-app")
 playwright = pytest.importorskip("playwright.sync_api", reason="browsers need playwright: make test-app")
 
 import gradio as gr  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+import groupformer  # noqa: E402
 from groupformer.app import FONTS, build  # noqa: E402
 
 
@@ -116,6 +118,17 @@ def test_the_model_is_regrouped_live(page):
     assert 1 < before <= after < 4
     playwright.expect(text_of(page, "after")).to_have_value(re.compile(r"The cell membrane is\s+\S+"))
     picture(page, "regroup", full_page=True)
+
+
+def test_a_native_folder_is_regrouped_and_saved(page, tmp_path):
+    model = groupformer.export_model(AutoModelForCausalLM.from_pretrained("hub_card"), family="llama")
+    model.save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained("hub_card").save_pretrained(tmp_path / "llama")
+    page.locator("#regroup-source input, #regroup-source textarea").fill(str(tmp_path / "llama"))
+    page.locator("#regroup-target input, #regroup-target textarea").fill(str(tmp_path / "small"))
+    regrouped(page, "2")
+    page.locator("#regroup-note").get_by_text("The result is a LlamaForCausalLM").wait_for()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.num_key_value_heads == 2
 
 
 def test_a_token_is_clicked_and_its_attention_shown(page):

@@ -142,7 +142,7 @@ class Session:
         if count not in self.regrouped:
             ids = self.tokenizer(sample_text()[0], return_tensors="pt").input_ids
             ids = ids[:, : self.position_limit].to(self.model.device)
-            self.regrouped[count] = groupformer.regroup(self.model, count, grouping="similar", calibration=ids)
+            self.regrouped[count] = groupformer.regroup(self.model, count, calibration=ids)
         return count, self.regrouped[count]
 
     def save(self, wanted: int, folder: str | Path) -> str:
