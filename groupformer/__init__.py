@@ -13,6 +13,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not see what __getattr__ imports
+    from .api import evaluate, plan, uptrain
     from .conversion import export_model, import_model
     from .model.configuration_groupformer import GroupFormerConfig
     from .model.modeling_groupformer import (
@@ -36,11 +37,14 @@ PUBLIC = {
     "GroupFormerModel": "model.modeling_groupformer",
     "GroupFormerPreTrainedModel": "model.modeling_groupformer",
     "GroupFormerTokenizer": "model.tokenization_groupformer",
+    "evaluate": "api",
     "expand": "regrouping",
     "export_model": "conversion",
     "heal": "regrouping.heal",
     "import_model": "conversion",
+    "plan": "api",
     "regroup": "regrouping",
+    "uptrain": "api",
 }
 PACKAGES = ("conversion", "families", "integrations", "measuring", "model", "regrouping", "training")
 
@@ -79,9 +83,12 @@ __all__ = [
     "GroupFormerPreTrainedModel",
     "GroupFormerTokenizer",
     "__version__",
+    "evaluate",
     "expand",
     "export_model",
     "heal",
     "import_model",
+    "plan",
     "regroup",
+    "uptrain",
 ]

@@ -41,16 +41,7 @@ def plan_command(
 
     if source is None and config is None:
         raise ValueError("nothing to plan; give a folder or Hub id, or the file of --config")
-    for name, value in (("dtype", dtype), ("cache-dtype", cache_dtype)):
-        if value is not None and value not in planning.BYTES:
-            raise ValueError(f"{name} ({value}) is unknown; choose {', '.join(planning.BYTES)}")
-    weight_bytes = planning.BYTES[dtype]
-    hardware = planning.Hardware(
-        memory=gpu_memory * 1e9,
-        bandwidth=bandwidth * 1e9,
-        weight_bytes=weight_bytes,
-        cache_bytes=planning.BYTES[cache_dtype] if cache_dtype else max(2, weight_bytes),
-    )
+    hardware = planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype)
     model = planning.load_config(source, config)
     plans = planning.plan(model, context, batch, hardware)
     title = f"{source or config}: {batch} x {context:,} tokens, {gpu_memory:g} GB at {bandwidth:g} GB/s"

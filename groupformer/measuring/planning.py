@@ -32,6 +32,19 @@ class Hardware:
     cache_bytes: float = 2
 
 
+def hardware(gpu_memory: float, bandwidth: float, dtype: str, cache_dtype: str | None = None) -> Hardware:
+    """A GPU of so many GB and GB/s, with weights and cache of these dtypes; by default the cache takes 16 bits or more.
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if value is not None and value not in BYTES:
+            raise ValueError(f"{name} ({value}) is unknown; choose {', '.join(BYTES)}")
+    cache_bytes = BYTES[cache_dtype] if cache_dtype else max(2, BYTES[dtype])
+    return Hardware(gpu_memory * 1e9, bandwidth * 1e9, BYTES[dtype], cache_bytes)
+
+
 @dataclass(frozen=True)
 class Plan:
     """One row of the table; bytes, and tokens a second. `None` where the model says nothing about it."""
