@@ -5,8 +5,11 @@ The client is the real `huggingface_hub`, the server a small one on loopback tha
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +139,64 @@ def test_whatever_head_was_saved_all_auto_classes_load_it_without_the_package_tw
     again = tmp_path / "again" / "AutoModelForSequenceClassification"
     results = json.loads(run(WITHOUT_PACKAGE + LOAD_ALL, again, tmp_path / "third", home=tmp_path / "home2"))
     assert set(results.values()) == {"GroupFormerConfig", *(head.__name__ for head in HEADS)}
+
+
+OLDER = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+options = {"trust_remote_code": True} if sys.argv[2] == "trusted" else {}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32", **options).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **options)
+inputs = tokenizer("The river bank", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+logits = model(**inputs).logits.flatten()[:50].tolist()
+print(json.dumps([type(model).__module__.split(".")[0], tokens.tolist(), logits]))
+"""
+
+
+@pytest.fixture
+def older_push(tmp_path):
+    """A repository as it was pushed by 0.1: every derived value in its config, and its code beside it."""
+    folder = tmp_path / "older"
+    shutil.copytree(Path(__file__).parent.parent / "hub_card", folder, ignore=shutil.ignore_patterns("space"))
+    with zipfile.ZipFile(Path(__file__).parent / "data" / "code_of_an_older_push.zip") as code:
+        code.extractall(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_an_older_push_loads_with_its_own_code_and_with_the_package(older_push, tmp_path):
+    runs = {
+        "its code": (WITHOUT_PACKAGE + OLDER, "trusted", "transformers_modules"),
+        "the package": ("import groupformer" + OLDER, "not trusted", "groupformer"),
+        "the package, with trust": ("import groupformer" + OLDER, "trusted", "groupformer"),
+    }
+    results = {}
+    for name, (code, trust, module) in runs.items():
+        found, *results[name] = json.loads(run(code, older_push, trust, home=tmp_path / name))
+        assert found == module
+    tokens, logits = results["its code"]
+    for others in results.values():
+        assert others[0] == tokens
+        assert others[1] == pytest.approx(logits, abs=1e-3)
+
+
+REMOTE_FIRST = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32", trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules")
+import groupformer
+native = groupformer.export_model(model, family="llama")
+ids = torch.tensor([[5, 6, 7]])
+torch.testing.assert_close(native(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+print(type(native).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_remote_code_is_known_to_the_package_that_is_imported_later(older_push, tmp_path):
+    assert run(REMOTE_FIRST, older_push, home=tmp_path / "home") == "LlamaForCausalLM"
 
 
 NOT_TRUSTED = """

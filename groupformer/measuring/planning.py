@@ -33,7 +33,7 @@ class Hardware:
 
 
 def hardware(gpu_memory: float, bandwidth: float, dtype: str, cache_dtype: str | None = None) -> Hardware:
-    """A GPU of so many GB and GB/s, with weights and cache of these dtypes; by default the cache takes 16 bits or more.
+    """A GPU of so many GB and GB/s; numbers of the cache take as many bits as the weights, and 16 at least.
 
     Raises:
         ValueError: an unknown dtype.
