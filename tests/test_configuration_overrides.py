@@ -97,11 +97,9 @@ def test_a_file_with_every_derived_value_loads_with_overrides_too(name, tmp_path
     """As files were written at first. A given value that equals the derived one cannot be told from it."""
     fields, overrides, _ = OVERRIDES[name]
     config = tiny_config(**fields)
-    content = {**config.to_dict(), "head_dim": config.head_dim, "layer_types": config.layer_types}
-    content |= {"num_key_value_heads": config.num_key_value_heads, "use_cache": config.use_cache}
-    content |= {"id2label": config.id2label, "label2id": config.label2id}
-    content |= {} if "rope_parameters" in fields else {"rope_parameters": config.rope_parameters}
-    del content["config_format"]
+    content = config.to_dict()
+    content |= {name: content["derived_fields"][name] for name in ("rope_parameters",) if name in fields}
+    del content["derived_fields"], content["derived_values"]
     (tmp_path / "config.json").write_text(json.dumps(content, default=str))
     config = AutoConfig.from_pretrained(tmp_path, **overrides)
     config.name_or_path = ""
@@ -177,11 +175,31 @@ def test_labels_loaded_with_another_number_are_new_ones(saved, tmp_path):
     assert config.label2id == {f"LABEL_{number}": number for number in range(4)}
 
 
-def test_a_saved_config_holds_what_was_given_and_nothing_derived(tmp_path):
-    tiny_config(head_dim=8).save_pretrained(tmp_path)
+def test_a_saved_config_holds_what_was_given_and_names_the_rest(tmp_path):
+    config = tiny_config(head_dim=8, is_causal=False, rope_parameters=YARN)
+    config.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    assert content["head_dim"] == 8
-    assert not {"num_key_value_heads", "layer_types", "rope_parameters", "_given", "_derived"} & set(content)
+    assert content["head_dim"] == 8 and content["rope_parameters"] == YARN
+    derived = ["label2id", "layer_types", "num_key_value_heads", "rope_parameters", "use_cache"]
+    assert content["derived_fields"] == derived
+    assert not {*derived, "_given", "_derived", "derived_values"} - {"rope_parameters"} & set(content)
+
+
+def test_the_dictionary_holds_every_value_for_whoever_reads_it():
+    content = tiny_config(is_causal=False).to_dict()
+    assert content["head_dim"] == 8 and content["num_key_value_heads"] == 4 and content["use_cache"] is False
+    assert content["layer_types"] == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_a_file_edited_by_hand_is_read_as_it_stands(name, tmp_path):
+    fields, overrides, _ = OVERRIDES[name]
+    tiny_config(**fields).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, **overrides}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.name_or_path = ""
+    assert_same(config, tiny_config(**{**fields, **overrides}))
 
 
 def test_a_model_loads_with_a_config_that_was_changed(tmp_path):

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 PER_LAYER_FIELDS = ("num_key_value_heads", "sliding_window", "attention_multiplier", "intermediate_size")
 
 # Fields that follow from others unless they are given. A config remembers what was given: a derived value is derived
-# again whenever a field changes, and is never written to a file, so that loading with overrides equals building with
+# again whenever a field changes, and a saved config leaves it out, so that loading with overrides equals building with
 # them. `per_layer_config` is among them because transformers drops what equals the global value.
 DERIVED_FIELDS = (
     "head_dim",
@@ -30,9 +30,6 @@ DERIVED_FIELDS = (
     "layer_types",
     "label2id",
 )
-
-# Written into every config. A dictionary without it is from before: there the derived values stand among the others.
-CONFIG_FORMAT = 2
 
 # What a Hub repository of ours says about its code, so that all Auto classes find it with `trust_remote_code=True`.
 AUTO_MAP = {
@@ -72,6 +69,13 @@ def derive_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "label2id": {label: int(label_id) for label_id, label in (fields.get("id2label") or {}).items()},
     }
+
+
+def restore_given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dictionary with the derived ones as they were given, but for those that were replaced since."""
+    fields = dict(fields)
+    given, values = fields.pop("derived_fields", {}), fields.pop("derived_values", {})
+    return {**fields, **{name: given[name] for name in values if name in fields and fields[name] == values[name]}}
 
 
 def first_layers(fields: Mapping[str, Any], num_hidden_layers: int) -> dict[str, Any]:
@@ -286,9 +290,11 @@ class GroupFormerConfig(PreTrainedConfig):
                     f"{name} ({chosen!r}) in a config would fetch code from the Hub; take it out there, and pass it "
                     "to from_pretrained if you trust it"
                 )
-        config_dict = dict(config_dict)
-        if config_dict.pop("config_format", None) is None:
-            derived = derive_fields({**cls.default_config_fields(), **config_dict})
+        if "derived_fields" in config_dict:
+            config_dict = restore_given(config_dict)
+        else:  # from before they were named: a value that equals the derived one counts as derived
+            defaults = {name: field.default for name, field in cls.__dataclass_fields__.items()}
+            derived = derive_fields({**defaults, **config_dict})
             config_dict = {
                 name: value for name, value in config_dict.items() if name not in derived or value != derived[name]
             }
@@ -299,7 +305,9 @@ class GroupFormerConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("config_format", None)
+        named = {name: kwargs.pop(name) for name in ("derived_fields", "derived_values") if name in kwargs}
+        for name, value in restore_given({**vars(self), **named}).items():
+            setattr(self, name, value)
         # Transformers completes this dictionary in place, so it gets a copy: the caller's stays as it was.
         legacy = {name: kwargs.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
         rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
@@ -370,27 +378,35 @@ class GroupFormerConfig(PreTrainedConfig):
                 given[name] = None if name == "per_layer_config" else vars(self)[name]
         return given
 
-    def _as_given(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The dictionary with derived fields as they were given; those that were not given are left out."""
+    def _split_derived(self, output: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The dictionary without this class's memory, and what each derived field of it was given as."""
         for name in ("_given", "_derived"):
             output.pop(name, None)
-        for name, value in self._given_fields().items():
-            if name == "per_layer_config" and value and not self.serialize_explicit_per_layer_config:
-                digits = len(str(max(value)))  # transformers' own way, so that the keys sort in JSON
-                output[name] = {str(layer_idx).zfill(digits): dict(value[layer_idx]) for layer_idx in sorted(value)}
-            elif name != "per_layer_config" and value != vars(self)[name]:
-                output[name] = copy.deepcopy(value)
-                if value == self.__dataclass_fields__[name].default:
-                    del output[name]
-        return {**output, "config_format": CONFIG_FORMAT}
+        given = self._given_fields()
+        layers = given.pop("per_layer_config", None)
+        if layers and not self.serialize_explicit_per_layer_config:
+            digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
+            output["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
+        return output, copy.deepcopy({name: value for name, value in given.items() if value != vars(self)[name]})
 
     def to_dict(self) -> dict[str, Any]:
-        """Transformers' `to_dict`, with what was given: derived values are left out."""
-        return self._as_given(super().to_dict())
+        """Every value, as transformers' `to_dict`, for whoever reads it; and which ones are derived.
+
+        What is put into the dictionary before a config is built from it counts as given, and the rest follows.
+        """
+        output, given = self._split_derived(super().to_dict())
+        values = {name: copy.deepcopy(vars(self)[name]) for name in given}
+        return {**output, "derived_fields": given, "derived_values": values}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Transformers' `to_diff_dict`, which `save_pretrained` writes: derived values are left out."""
-        return self._as_given(super().to_diff_dict())
+        """What `save_pretrained` writes: derived values are left out, and named, so that the file can be edited."""
+        output, given = self._split_derived(super().to_diff_dict())
+        for name, value in given.items():
+            output[name] = value
+            if value == self.__dataclass_fields__[name].default:
+                del output[name]
+        output.pop("derived_values", None)
+        return {**output, "derived_fields": sorted(given)}
 
     def _layers(self) -> list["GroupFormerConfig"]:
         """The config of each layer. Transformers makes them one by one; where they don't differ, it is this one."""
