@@ -59,9 +59,7 @@ def plan(
     Raises:
         ValueError: an unknown dtype, a number that is not positive, or a model without a cache of heads.
     """
-    config = getattr(source, "config", source)
-    if not isinstance(config, PreTrainedConfig):
-        config = planning.load_config(config)
+    config = planning.load_config(source) if isinstance(source, (str, Path)) else getattr(source, "config", source)
     return planning.plan(config, context, batch, planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype))
 
 
