@@ -59,7 +59,8 @@ def plan(
     Raises:
         ValueError: an unknown dtype, a number that is not positive, or a model without a cache of heads.
     """
-    config = planning.load_config(source) if isinstance(source, (str, Path)) else getattr(source, "config", source)
+    config: Any = planning.load_config(source) if isinstance(source, (str, Path)) else source
+    config = getattr(config, "config", config)
     return planning.plan(config, context, batch, planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype))
 
 
