@@ -169,18 +169,3 @@ def test_a_tokenizer_is_measured_as_json(tmp_path):
     done = groupformer("tokenizer", "eval", tmp_path / "text.txt", "--json")
     row = json.loads(done.stdout)[str(tmp_path / "text.txt")]
     assert row["bytes"] == 129 and row["bytes_per_token"] > 3
-
-
-def test_the_demo_leaves_a_folder_that_is_not_empty_alone(tmp_path):
-    (tmp_path / "precious.txt").write_text("keep me")
-    done = groupformer("demo", "--output", tmp_path)
-    assert done.returncode == 1 and "is not empty; choose another folder" in done.stderr
-    assert (tmp_path / "precious.txt").read_text() == "keep me"
-
-
-@pytest.mark.slow
-def test_the_demo_adapts_a_model_and_reloads_it(tmp_path):
-    done = groupformer("demo", "--output", tmp_path / "out", "--steps", "30")
-    assert done.returncode == 0, done.stderr
-    assert "after, reloaded" in done.stdout
-    assert (tmp_path / "out" / "model.safetensors").exists()
