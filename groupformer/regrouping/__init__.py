@@ -4,8 +4,9 @@
 
 `attention` finds and proves where a model's heads are (`probing`, `layouts`, `heads`); `calibration` measures their
 inputs as `moments`; `budget` chooses counts; `grouping` and `layers` choose which heads become one, by the methods of
-`merging`; `result` finds the class that can hold it; `memory` and `streaming` write it. `steps` joins them. The
-package is not called `regroup` because a module of that name would hide the function `groupformer.regroup`.
+`merging`; `expansion` repeats heads; `result` finds the class that can hold them; `memory` and `streaming` write it.
+`steps` joins them. The package is not called `regroup` because a module of that name would hide the function
+`groupformer.regroup`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from .expand import expand
+from .expansion import expand
 from .memory import build_regrouped
 from .moments import check_calibration
 from .sources import ModelSource

@@ -42,4 +42,4 @@ def choose_counts(losses: Sequence[Mapping[int, float]], budget: float) -> list[
                 if total <= capacity and lost + loss < following.get(total, (math.inf, []))[0]:
                     following[total] = (lost + loss, [*counts, count])
         best = following
-    return min(best.values(), key=lambda item: item[0])[1]
+    return min(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]  # of equal losses, the fewest heads

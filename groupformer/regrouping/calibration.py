@@ -34,7 +34,7 @@ def moment_of_norm(source: Source, model: PreTrainedModel, layout: AttentionLayo
         return moment_from_norm(None, hidden_size)
     norm = model.get_submodule(layout.norm_path)
     if any(True for _ in norm.parameters()):
-        source.load_module(model, layout.norm_path)
+        load(source, model, layout.norm_path, "cpu", torch.float32)
     moment = moment_from_norm(norm, hidden_size)
     unload(norm)
     return moment

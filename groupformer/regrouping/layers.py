@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from .heads import AttentionHeads, join_rotary, split_rotary
-from .merging import METHODS, Features, Merge, aligned, mean
+from .merging import METHODS, Features, Merge, aligned, mean, times_moment
 
 
 Groups = Sequence[Sequence[int]]
@@ -18,7 +18,7 @@ def key_blocks(heads: AttentionHeads, moment: torch.Tensor) -> tuple[list[torch.
     queries = split_rotary(heads.query, heads.geometry.rotary_dim)
     features = []
     for rows, readers in zip(blocks, queries):
-        energies = readers @ moment.to(readers.dtype) @ readers.mH  # (b, H, d, d)
+        energies = times_moment(readers, moment) @ readers.mH  # (b, H, d, d)
         energies = energies.unflatten(1, (rows.shape[1], -1)).sum(dim=2)  # (b, G, d, d)
         # A rotary pair adds Re(q̄ k exp(iφ)) to a score: half of |q|²|k|² on average over the angles φ.
         features.append(Features.of_rows(rows, moment, energies / 2 if rows.is_complex() else energies))

@@ -42,7 +42,7 @@ class Features:
         """Of rows (b, n, d, E) with second moment (E, E)."""
         blocks, heads, size, _ = rows.shape
         flat = rows.flatten(1, 2)  # (b, n * d, E)
-        gram = flat @ moment.to(flat.dtype) @ flat.mH
+        gram = times_moment(flat, moment) @ flat.mH
         return cls(gram.unflatten(2, (heads, size)).unflatten(1, (heads, size)), metric)
 
     def take(self, heads: list[int]) -> "Features":
@@ -59,6 +59,13 @@ class Features:
         """What the readers get from each block in all, tr(B_a W_a S W_aᴴ) summed over heads: (b,)."""
         own = torch.diagonal(self.gram, dim1=1, dim2=3).movedim(-1, 1)  # (b, n, d, d)
         return torch.einsum("bnij,bnji->b", self.metric.to(own.dtype), own).real
+
+
+def times_moment(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Rows (..., E) times a real moment (E, E): one large product, or two for complex rows, not many small ones."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    product = torch.complex(flat.real @ moment, flat.imag @ moment) if rows.is_complex() else flat @ moment
+    return product.view(rows.shape)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from .layouts import AttentionLayout
 from .merging import METHODS
 
 
+ROUNDING = 1e-9  # losses below are none, so that redundant heads go rather than stay
+
+
 @dataclass(frozen=True)
 class Request:
     """How key-value heads are merged.
@@ -65,7 +68,8 @@ class Request:
         """For each count that a layer can have, the energy that its best groups lose."""
         group = GROUPINGS[self.grouping]
         counts = divisors(problem.heads.geometry.num_key_value_heads)
-        return {count: sum(map(problem.loss, group(problem, count))) for count in counts}
+        losses = {count: sum(map(problem.loss, group(problem, count))) for count in counts}
+        return {count: 0.0 if loss < ROUNDING else loss for count, loss in losses.items()}
 
     def choose_counts(self, losses: Sequence[Mapping[int, float]]) -> list[int]:
         """With "auto", the counts under the budget."""

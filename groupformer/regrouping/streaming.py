@@ -28,7 +28,7 @@ from ..conversion.folders import (
     written_aside,
 )
 from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, write_shards
-from .expand import expanded_tensors, plan_expansion
+from .expansion import expanded_tensors, plan_expansion
 from .layouts import AttentionLayout
 from .moments import check_calibration
 from .probing import build_on_meta
