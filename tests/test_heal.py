@@ -1,15 +1,20 @@
 """Healing: the attention of a merged model gets closer to the original's, whatever the decoder, and nothing else."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import groupformer
-from groupformer import GroupFormerForCausalLM
-from groupformer.regrouping.heal import HealRecipe, decoder_layers, heal
+from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
+from groupformer.commands.main import app
+from groupformer.regrouping.heal import HealRecipe, heal
+from groupformer.regrouping.heal_folders import heal_folder
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -55,6 +60,10 @@ def pair(name: str, kv_heads: int = 1):
             state[key] = state[key].unflatten(0, (-1, tensor.shape[0])).mean(dim=0)
     merged.load_state_dict(state)
     return merged.eval(), original.eval()
+
+
+def decoder_layers(model):
+    return model.base_model.layers
 
 
 @torch.no_grad()
@@ -104,7 +113,7 @@ def test_a_model_that_lost_nothing_stays_bit_for_bit():
 def test_a_layer_whose_loss_is_not_finite_keeps_its_merged_weights_and_is_named():
     model, original = pair("llama")
     with torch.no_grad():
-        decoder_layers(model)[1].self_attn.q_proj.weight.fill_(1e30)
+        decoder_layers(model)[1].self_attn.v_proj.weight.fill_(3e38)
     state = copy.deepcopy(model.state_dict())
     reports = heal(model, original, random_ids(16, 16), RECIPE)
     assert [report.is_healed for report in reports] == [True, False]
@@ -134,12 +143,14 @@ def other_original(**fields):
 
 
 REFUSALS = {
-    "another class": (dict(original=lambda: GroupFormerForCausalLM(tiny_config())), "original is a GroupFormer"),
+    "another class": (
+        dict(original=lambda: GroupFormerForCausalLM(tiny_config())),
+        "original is a 'groupformer', but model a 'llama'",
+    ),
     "another size": (dict(original=lambda: other_original(hidden_size=64)), "original has hidden_size 64, but model"),
     "another depth": (dict(original=lambda: other_original(num_hidden_layers=3)), "original has num_hidden_layers 3"),
     "one row": (dict(token_ids=random_ids(1, 16)), "healing needs at least 2 rows of 2 tokens"),
     "no rows": (dict(token_ids=random_ids(0, 16)), "healing needs at least 2 rows of 2 tokens"),
-    "long rows": (dict(token_ids=random_ids(4, 65)), "token_ids has rows of 65 tokens, more than max_position"),
     "other ids": (dict(token_ids=random_ids(4, 16) + 99), "but vocab_size is 99; use the model's own tokenizer"),
     "no integers": (dict(token_ids=torch.zeros(4, 16)), "token_ids has shape (4, 16) and dtype torch.float32"),
 }
@@ -165,3 +176,94 @@ def test_heal_is_a_public_function():
 def test_a_recipe_that_makes_no_sense_is_refused_by_field(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         HealRecipe(**fields)
+
+
+# From folder to folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Mixtral in bfloat16, the same with one key-value head, and a text."""
+    root = tmp_path_factory.mktemp("healing")
+    tokenizer = GroupFormerTokenizer()
+    fields = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_local_experts=2, head_dim=4)
+    original = randomize(AutoModelForCausalLM.from_config(transformers.MixtralConfig(**{**NATIVE, **fields})))
+    original = original.to(torch.bfloat16)
+    merged = groupformer.regroup(original, 1, method="mean")
+    for name, model in (("original", original), ("merged", merged)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "text.txt").write_text("The river rises in the hills and runs to the sea, and fish live in it. " * 60)
+    return root
+
+
+IDS = random_ids(16, 16, vocab_size=1000)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_folder_is_healed_as_the_model_in_memory_and_all_but_its_attention_is_copied(folders, tmp_path):
+    reports = heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
+    model, original = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("merged", "original"))
+    assert heal(model, original, IDS, RECIPE) == reports
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert healed.dtype == torch.bfloat16
+    for (name, own), other in zip(healed.state_dict().items(), model.state_dict().values()):
+        assert torch.equal(own, other), name
+    for name, tensor in load_file(folders / "merged" / "model.safetensors").items():
+        same = torch.equal(tensor, load_file(tmp_path / "out" / "model.safetensors")[name])
+        assert same != ("_proj" in name and "self_attn" in name), name
+    assert healed.config.regrouping[-1]["healing"] == {"tokens": 256, "epochs": 4}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_native_original_teaches_its_import(folders, tmp_path):
+    original = randomize(AutoModelForCausalLM.from_config(transformers.LlamaConfig(**NATIVE)))
+    original.save_pretrained(tmp_path / "original")
+    student = groupformer.regroup(groupformer.import_model(original), 1, method="mean")
+    student.save_pretrained(tmp_path / "merged")
+    reports = heal_folder(tmp_path / "merged", tmp_path / "original", tmp_path / "out", random_ids(16, 16), RECIPE)
+    assert all(report.healed < report.merged for report in reports)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is GroupFormerForCausalLM
+
+
+def test_an_interrupted_run_leaves_no_target_and_resumes_to_the_same_bytes(folders, tmp_path):
+    sources = (folders / "merged", folders / "original")
+
+    def interrupt(report, layers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heal_folder(*sources, tmp_path / "out", IDS, RECIPE, progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="holds the layers of an interrupted run; pass --resume to go on"):
+        heal_folder(*sources, tmp_path / "out", IDS, RECIPE)
+    with pytest.raises(ValueError, match=r"epochs \(3\) was 4 in the run that"):
+        heal_folder(*sources, tmp_path / "out", IDS, HealRecipe(epochs=3, bf16=False), resume=True)
+    resumed = heal_folder(*sources, tmp_path / "out", IDS, RECIPE, resume=True)
+    assert heal_folder(*sources, tmp_path / "whole", IDS, RECIPE) == resumed
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_target_that_exists_is_refused_and_stays(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists; choose another folder, or pass --overwrite"):
+        heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
+    with pytest.raises(ValueError, match="is, or holds, the source"):
+        heal_folder(folders / "merged", folders / "original", folders / "original", IDS, RECIPE, overwrite=True)
+
+
+def test_the_command_heals_and_says_what_it_gave(folders, tmp_path):
+    sources = [str(folders / "merged"), str(folders / "original"), str(tmp_path / "out")]
+    arguments = ["heal", *sources, "--text", str(folders / "text.txt"), "--epochs", "1", "--row-length", "16"]
+    outcome = CliRunner().invoke(app, [*arguments, "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    reports = json.loads(outcome.stdout)
+    assert [report["layer_idx"] for report in reports] == [0, 1]
+    assert all(report["healed"] < report["merged"] for report in reports)
+    outcome = CliRunner().invoke(app, [*arguments, "--tokens", "16", "--overwrite"])
+    assert outcome.exit_code == 1
+    assert "healing needs at least 2 rows of 2 tokens; give more text, or shorter rows" in str(outcome.exception)

@@ -19,6 +19,7 @@ TOPICS = (
     "evaluation",
     "bridge",
     "regrouping",
+    "healing",
     "generate",
     "bench",
     "push",

@@ -156,7 +156,9 @@ def wanted_heads(text: str) -> int | str | dict[int, int]:
     return dict(pairs)
 
 
-def calibration_reader(files: list[str], text_column: str, tokens: int, tokenizer: str | None) -> Any:
+def calibration_reader(
+    files: list[str], text_column: str, tokens: int, tokenizer: str | None, row_length: int = 512
+) -> Any:
     """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now."""
     from ..conversion.loading import check_token_ids, load_tokenizer
     from ..regrouping.moments import calibration_from_texts
@@ -166,7 +168,7 @@ def calibration_reader(files: list[str], text_column: str, tokens: int, tokenize
 
     def read(folder: Path, config: Any) -> Any:
         loaded = load_tokenizer(folder, tokenizer)
-        token_ids = calibration_from_texts(texts, loaded, config, tokens)
+        token_ids = calibration_from_texts(texts, loaded, config, tokens, row_length)
         check_token_ids(token_ids.flatten().tolist(), loaded, "the calibration text", config.vocab_size)
         return token_ids
 

@@ -3,7 +3,8 @@
 Student and original read the same rows of tokens, one layer after the other, each on its own residual stream. Let h be
 the original's stream before a layer, s the student's, and a what the original's attention adds to h. The student's
 attention is to add `a + h - s`: then both streams are equal after it, whatever the layers before have lost. The error
-of each token counts in relation to its stream, |error|² / |h + a|², because the next norm divides by that.
+of each token counts in relation to its streams, |error|² / (|h + a|² + |h - s|²), because the next norm divides by
+that.
 
 First the output projection is solved for in closed form (`solve_output`), then all of the attention's parameters are
 trained by AdamW on that error. Only one layer of each model is at work at a time, no logits are computed, and nothing
@@ -12,21 +13,29 @@ but the attention changes. Any decoder of transformers can be healed whose layer
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .moments import check_token_ids
+from .attention import find_attention
+from .calibration import embed, load, unload
+from .layouts import AttentionLayout
+from .moments import check_token_ids, longest_row
+from .probing import build_on_meta
+from .sources import ModelSource, Source
 
 
 CLOSE = 1e-5  # relative error below which nothing has been lost, and nothing is to be won back
-
 BACKOFF = 0.3  # the learning rate's factor after an epoch that did not help
+
+Streams = list[torch.Tensor]
+State = dict[str, torch.Tensor]  # the attention's parameters, by their names inside it
 
 
 @dataclass
@@ -106,41 +115,82 @@ def heal(
         ValueError: an original of another class or shape, or token ids that are too few or not the model's.
     """
     recipe = recipe or HealRecipe()
-    check_pair(model, original)
-    batches = split_batches(token_ids, model.config, recipe)
-    student, teacher = DecoderLayers(model), DecoderLayers(original)
-    precision = autocast(student.device, recipe.bf16)
+    if model is original:
+        raise ValueError("original is the model itself; give the model from before the merge")
+    device = str(model.device)
     reports = []
-    with evaluating(model), evaluating(original), precision:
-        streams, expected = student.embed(batches), teacher.embed(batches)
-        for layer_idx in range(len(student.layers)):
-            with student.layer(layer_idx) as own, teacher.layer(layer_idx) as other:
-                report, streams, expected = heal_layer(own, other, streams, expected, recipe)
-            reports.append(report)
-            progress(report, len(student.layers))
+    for report, path, state in heal_layers(
+        ModelSource(model), ModelSource(original), token_ids, recipe, device=device
+    ):
+        with torch.no_grad():
+            for name, parameter in model.get_submodule(path).named_parameters():
+                parameter.copy_(state[name])
+        reports.append(report)
+        progress(report, model.config.get_text_config().num_hidden_layers)
     return reports
 
 
-def check_pair(model: Any, original: Any) -> None:
+@torch.no_grad()
+def heal_layers(
+    student: Source,
+    teacher: Source,
+    token_ids: torch.Tensor,
+    recipe: HealRecipe,
+    *,
+    device: str = "cpu",
+    ready: Callable[[int], tuple[LayerReport, State] | None] = lambda layer_idx: None,
+) -> Iterator[tuple[LayerReport, str, State]]:
+    """Heals a model's layers, one after the other, with one layer of each model in memory.
+
+    Args:
+        student, teacher: The regrouped model and the original; neither is changed.
+        token_ids, recipe: As in `heal`.
+        device: Where the layers are computed; the residual streams wait in the CPU's memory.
+        ready: Gives the report and the attention of a layer that was healed before.
+
+    Yields:
+        For each layer its report, the name of its attention, and the attention's parameters in float32.
+
+    Raises:
+        ValueError: as `heal`.
+    """
+    check_pair(student, teacher)
+    batches = split_batches(token_ids, student.config, recipe)
+    layouts = find_attention(student.model_class, student.config)
+    own, other = (DecoderLayers(source, layouts, device) for source in (student, teacher))
+    with autocast(torch.device(device), recipe.bf16):
+        streams, expected = own.embed(batches), other.embed(batches)
+        for layer_idx, layout in enumerate(layouts):
+            with own.layer(layer_idx) as layer, other.layer(layer_idx) as original:
+                known = ready(layer_idx)
+                if known is None:
+                    report, following = heal_layer(layer, original, streams, expected, recipe)
+                else:
+                    report, following = known[0], original.run(expected)[0]
+                    layer.load(known[1])
+                streams, expected = layer.run(streams)[0], following
+                state = layer.state()
+            yield report, layout.path, state
+
+
+def check_pair(student: Source, teacher: Source) -> None:
     """Refuses an original that the model cannot have been made from.
 
     Raises:
         ValueError: another class, or another value of a field of its shape, by name.
     """
-    if model is original:
-        raise ValueError("original is the model itself; give the model from before the merge")
-    if type(model.base_model) is not type(original.base_model):
+    if student.config.model_type != teacher.config.model_type:
         raise ValueError(
-            f"original is a {type(original).__name__}, but model a {type(model).__name__}; "
+            f"original is a {teacher.config.model_type!r}, but model a {student.config.model_type!r}; "
             "give the model that this one was made from (groupformer.import_model turns it into a GroupFormer)"
         )
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        own, other = (getattr(each.config.get_text_config(), name, None) for each in (model, original))
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        own, other = (getattr(each.config.get_text_config(), name, None) for each in (student, teacher))
         if own != other:
             raise ValueError(f"original has {name} {other}, but model has {own}; give the model it was made from")
 
 
-def split_batches(token_ids: torch.Tensor, config: Any, recipe: HealRecipe) -> list[torch.Tensor]:
+def split_batches(token_ids: torch.Tensor, config: PreTrainedConfig, recipe: HealRecipe) -> list[torch.Tensor]:
     """The rows as batches; there are at least two, one to learn from and one to measure the error on."""
     check_token_ids("token_ids", token_ids, config)
     size = min(recipe.batch_size, token_ids.shape[0] // 2)
@@ -149,10 +199,10 @@ def split_batches(token_ids: torch.Tensor, config: Any, recipe: HealRecipe) -> l
             f"token_ids has shape {tuple(token_ids.shape)}, but healing needs at least 2 rows of 2 tokens; "
             "give more text, or shorter rows"
         )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and token_ids.shape[1] > limit:
+    longest = longest_row(config)
+    if longest is not None and token_ids.shape[1] > longest:
         raise ValueError(
-            f"token_ids has rows of {token_ids.shape[1]} tokens, more than max_position_embeddings ({limit}); "
+            f"token_ids has rows of {token_ids.shape[1]} tokens, more than max_position_embeddings ({longest}); "
             "give shorter rows"
         )
     return [batch for batch in token_ids.split(size) if len(batch) == size]
@@ -160,19 +210,21 @@ def split_batches(token_ids: torch.Tensor, config: Any, recipe: HealRecipe) -> l
 
 # One layer -----------------------------------------------------------------------------------------------------------
 
-Streams = list[torch.Tensor]
-
 
 def heal_layer(
     own: "Layer", other: "Layer", streams: Streams, expected: Streams, recipe: HealRecipe
-) -> tuple[LayerReport, Streams, Streams]:
-    """Heals one layer, and passes both residual streams, lists of batches (B, T, E), through it."""
+) -> tuple[LayerReport, Streams]:
+    """Heals one layer for the residual streams, lists of batches (B, T, E), that enter it; returns what leaves the
+    original's."""
     following, added = other.run(expected)
     # In a layer whose norm comes after attention, the solution is for what the norm reads.
     outputs = [each.raw for each in added]
     goals = [a.added + h - s for a, h, s in zip(added, expected, streams)]
-    # One weight for each token; a stream of nothing but zeros would be infinitely important.
-    weights = [1 / (h + a.added).square().mean(-1, keepdim=True).clamp(min=1e-12) for a, h in zip(added, expected)]
+    # Where the streams have parted (a token of huge features that only one of them has), little can be won back.
+    weights = [
+        1 / ((h + a.added).square() + (h - s).square()).mean(-1, keepdim=True).clamp(min=1e-12)
+        for a, h, s in zip(added, expected, streams)
+    ]
     energies = [float((w * a.added.square()).mean()) for w, a in zip(weights, added)]
     problem = Problem(own, own.calls(streams), goals, weights, max(sum(energies) / len(energies), 1e-30), recipe)
     merged = best = problem.error()
@@ -188,7 +240,7 @@ def heal_layer(
         kept, healed = problem.train(kept, best)
         own.load(kept)
     report = LayerReport(own.layer_idx, merged, solved, healed, healed < merged or merged <= CLOSE)
-    return report, own.run(streams)[0], following
+    return report, following
 
 
 class Problem:
@@ -225,7 +277,7 @@ class Problem:
             features.add(inputs[0], goals[index] - output, self.weights[index])
         features.solve(self.recipe.ridge)
 
-    def train(self, kept: dict[str, torch.Tensor], best: float) -> tuple[dict[str, torch.Tensor], float]:
+    def train(self, kept: State, best: float) -> tuple[State, float]:
         """Trains the attention's parameters; returns the best weights on the way and their error.
 
         An epoch that does not lower the error is taken back, and the next ones make smaller steps. Stops after
@@ -234,18 +286,7 @@ class Problem:
         recipe, parameters = self.recipe, list(self.layer.attention.parameters())
         if not recipe.epochs:
             return kept, best
-        learns = [each.requires_grad for each in parameters]
-        self.layer.attention.requires_grad_(True)
-        try:
-            return self._train(parameters, kept, best)
-        finally:
-            for parameter, was_learning in zip(parameters, learns):
-                parameter.requires_grad_(was_learning).grad = None
-
-    def _train(
-        self, parameters: list[nn.Parameter], kept: dict[str, torch.Tensor], best: float
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        recipe, share, epochs_without = self.recipe, 1.0, 0
+        share, epochs_without = 1.0, 0
         optimizer = self._optimizer(parameters)
         steps = recipe.epochs * self.learned
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -359,11 +400,10 @@ class AttentionCalledError(Exception):
 
 
 class Layer:
-    """A decoder layer in float32 and its attention, with the arguments beside the hidden states for each batch."""
+    """A decoder layer in float32, its attention, and the arguments that it takes beside the hidden states."""
 
-    def __init__(self, module: nn.Module, layer_idx: int, calls: list[Call], multiplier: float):
-        self.module, self.layer_idx, self.others = module, layer_idx, calls
-        self.attention = attention_of(module)
+    def __init__(self, module: nn.Module, attention: nn.Module, layer_idx: int, others: Call, multiplier: float):
+        self.module, self.attention, self.layer_idx, self.others = module, attention, layer_idx, others
         self.multiplier = multiplier
         self.after: list[nn.Module] = []
 
@@ -371,25 +411,26 @@ class Layer:
     def has_norm_after(self) -> bool:
         return bool(self.after)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> State:
         return {name: parameter.detach().clone() for name, parameter in self.attention.named_parameters()}
 
     @torch.no_grad()
-    def load(self, state: dict[str, torch.Tensor]) -> None:
+    def load(self, state: State) -> None:
         for name, parameter in self.attention.named_parameters():
             parameter.copy_(state[name])
 
-    def _call(self, states: torch.Tensor, call: Call) -> torch.Tensor:
-        outputs = self.module(states.to(device_of(self.module)), *call.args, **call.kwargs)
+    def _call(self, states: torch.Tensor) -> torch.Tensor:
+        device = next(self.module.parameters()).device
+        outputs = self.module(states.to(device), *self.others.args, **self.others.kwargs)
         return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
     @torch.no_grad()
     def run(self, streams: Streams) -> tuple[Streams, list[Attended]]:
         """The residual stream after the layer, and what its attention gave, for each batch."""
         following, attended = [], []
-        for states, call in zip(streams, self.others):
+        for states in streams:
             with self._watched() as watched:
-                following.append(self._call(states, call).float().to(states.device))
+                following.append(self._call(states).float().to(states.device))
             self.after = watched["after"]
             raw, added = watched["raw"].float(), watched["added"].float() * self.multiplier
             attended.append(Attended(raw.to(states.device), added.to(states.device)))
@@ -430,9 +471,9 @@ class Layer:
 
         hook = self.attention.register_forward_pre_hook(see, with_kwargs=True)
         try:
-            for states, call in zip(streams, self.others):
+            for states in streams:
                 with contextlib.suppress(AttentionCalledError):
-                    self._call(states, call)
+                    self._call(states)
         finally:
             hook.remove()
         return calls
@@ -465,126 +506,39 @@ class Layer:
 
 
 class DecoderLayers:
-    """A model's decoder layers, and the arguments that the model calls each of them with."""
+    """A model's decoder layers, which get their weights when their turn comes, and lose them after it."""
 
-    def __init__(self, model: Any):
-        self.model, self.base = model, model.base_model
-        self.layers = decoder_layers(model)
-        self.device = device_of(self.base)
-        self.multiplier = float(getattr(model.config.get_text_config(), "residual_multiplier", None) or 1.0)
-        self.calls: list[list[Call]] = [[] for _ in self.layers]
+    def __init__(self, source: Source, layouts: Sequence[AttentionLayout], device: str):
+        self.source, self.layouts, self.device = source, layouts, device
+        self.model = build_on_meta(source.model_class, source.config, attention=None)
+        self.multiplier = float(getattr(source.config.get_text_config(), "residual_multiplier", None) or 1.0)
+        self.calls: list[Call] = []
+
+    def embed(self, batches: list[torch.Tensor]) -> Streams:
+        """What enters the first layer, for each batch of token ids; what else enters each layer is kept in `calls`."""
+        paths = [layout.layer_path for layout in self.layouts]
+        rows, calls = embed(self.source, self.model, paths, torch.cat(batches), self.device, torch.float32)
+        self.calls = [Call(args, kwargs) for args, kwargs in calls]
+        return [batch.cpu() for batch in torch.cat(rows).split(len(batches[0]))]
 
     @contextmanager
     def layer(self, layer_idx: int) -> Iterator[Layer]:
-        """A layer, in float32 as long as it is at work."""
-        module = self.layers[layer_idx]
-        dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-        module.float()
+        """A layer with its weights, in float32 and apart from the source's."""
+        layout = self.layouts[layer_idx]
+        module, attention = (self.model.get_submodule(path) for path in (layout.layer_path, layout.path))
+        load(self.source, self.model, layout.layer_path, self.device, torch.float32)
+        for child in attention.modules():
+            for name, parameter in child._parameters.items():
+                child._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().clone())
         try:
-            yield Layer(module, layer_idx, self.calls[layer_idx], self.multiplier)
+            yield Layer(module, attention, layer_idx, self.calls[layer_idx], self.multiplier)
         finally:
-            for name, parameter in module.named_parameters():
-                parameter.data = parameter.data.to(dtypes[name])
-
-    @torch.no_grad()
-    def embed(self, batches: list[torch.Tensor]) -> Streams:
-        """What enters the first layer, for each batch of token ids; what else enters each layer is kept in `calls`."""
-        streams = []
-        for batch in batches:
-            try:
-                hidden_states, calls = self._pass_through(batch, as_tuple=False)
-            except LayerOutputError:
-                hidden_states, calls = self._pass_through(batch, as_tuple=True)
-            streams.append(hidden_states.float())
-            for layer_idx, call in enumerate(calls):
-                self.calls[layer_idx].append(call)
-        return streams
-
-    def _pass_through(self, batch: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[Call]]:
-        """Runs the model with layers that give back what they are given; some models expect a tuple of it."""
-        states: list[Any] = []
-        calls: list[Call] = []
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            kwargs = dict(kwargs)
-            given = args[0] if args else kwargs.pop("hidden_states", None)
-            if not isinstance(given, torch.Tensor) or given.shape[:2] != batch.shape:
-                raise LayerOutputError
-            states.append(given)
-            calls.append(Call(args[1:], kwargs))
-            return (given,) if as_tuple else given
-
-        replaced = [vars(layer).get("forward") for layer in self.layers]  # hooks of accelerate live there
-        for layer in self.layers:
-            layer.forward = forward
-        try:
-            # Some models fail where they read the first of a tuple that is none.
-            self.base(input_ids=batch.to(self.device), use_cache=False)
-        except LayerOutputError:
-            raise
-        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
-            if as_tuple or len(calls) == 0:
-                raise
-            raise LayerOutputError from error
-        finally:
-            for layer, forward_before in zip(self.layers, replaced):
-                del layer.forward
-                if forward_before is not None:
-                    layer.forward = forward_before
-        if len(calls) != len(self.layers):
-            raise ValueError(f"model calls {len(calls)} of its {len(self.layers)} layers; healing needs each once")
-        return states[0], calls
-
-
-class LayerOutputError(Exception):
-    """A model does not take a layer's output as it was given."""
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a model's decoder layers.
-
-    Raises:
-        ValueError: the model has none, or layers without attention.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            for layer in module:
-                attention_of(layer)
-            return module
-    raise ValueError(f"model ({type(model).__name__}) has no list of its {count} decoder layers")
-
-
-def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention module of a decoder layer.
-
-    Raises:
-        ValueError: it has none, or several.
-    """
-    found = [child for child in layer.children() if "Attention" in type(child).__name__]
-    if len(found) != 1:
-        raise ValueError(f"{type(layer).__name__} has {len(found)} attention modules, but healing needs one")
-    return found[0]
+            unload(module)
 
 
 def is_same(value: Any, tensor: torch.Tensor) -> bool:
     """Whether a value is a tensor in the same place."""
     return isinstance(value, torch.Tensor) and value.data_ptr() == tensor.data_ptr()
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def autocast(device: torch.device, bf16: bool | None) -> Any:
