@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not see what __geta
     )
     from .model.tokenization_groupformer import GroupFormerTokenizer
     from .regrouping import expand, regroup
+    from .regrouping.heal import heal
 
 # The public names, and the modules that are imported when they are first used.
 PUBLIC = {
