@@ -9,14 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 import groupformer
 from groupformer import GroupFormerForCausalLM
+from groupformer.commands.main import app
 from groupformer.regrouping.attention import find_attention
 from groupformer.regrouping.heads import join_rotary, split_rotary
 from groupformer.regrouping.streaming import expand_folder, regroup_folder
 
-from .helpers import random_ids
+from .helpers import random_ids, tiny_config
 from .helpers_attention import ARCHITECTURES, CASES, tiny_native, tiny_native_config
 
 
@@ -175,6 +177,45 @@ def test_regrouping_again_appends_to_what_was_done():
     assert (first["from"], first["to"], first["method"], first["calibration_tokens"]) == (6, 3, "svd", 120)
     assert (second["from"], second["to"], second["method"], second["grouping"]) == (3, 1, "mean", "adjacent")
     assert once.config.regrouping == [first]
+
+
+def test_what_was_done_outlives_import_and_export():
+    ours = groupformer.import_model(groupformer.regroup(tiny_native("llama", "every head its own keys"), 3))
+    assert [entry["to"] for entry in ours.config.regrouping] == [3]
+    back = groupformer.export_model(groupformer.regroup(ours, 1))
+    assert [entry["to"] for entry in back.config.regrouping] == [3, 1]
+
+
+def test_info_and_the_card_say_what_was_done(tmp_path):
+    tiny_native("llama", "every head its own keys").save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    regroup_folder(tmp_path / "old", tmp_path / "once", 3, calibration=CALIBRATION)
+    regroup_folder(tmp_path / "once", tmp_path / "twice", 1, method="mean", grouping="adjacent")
+    card = (tmp_path / "twice" / "README.md").read_text()
+    lines = ["6 -> 3 KV heads: svd, similar, calibrated on 120 tokens", "3 -> 1 KV heads: mean, adjacent"]
+    assert card.startswith("---\nlicense: mit\n---\n# A model\n") and all(card.count(line) == 1 for line in lines)
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "twice")]).stdout
+    assert all(line in shown for line in lines)
+    as_json = json.loads(CliRunner().invoke(app, ["info", str(tmp_path / "twice"), "--json"]).stdout)
+    assert [entry["to"] for entry in as_json["regrouping"]] == [3, 1]
+
+
+def test_a_model_of_a_repositorys_own_code_is_recognised_by_its_config(tmp_path):
+    from transformers import AutoConfig
+
+    groupformer.GroupFormerForCausalLM(tiny_config()).save_pretrained(tmp_path / "old")
+    child = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'groupformer' not in sys.modules\n"
+        "import groupformer\n"
+        "small = groupformer.regroup(model, 2)\n"
+        "assert type(small) is type(model) is not groupformer.GroupFormerForCausalLM\n"
+        "print(small.config.num_key_value_heads, small(torch.tensor([[1, 2]])).logits.shape[-1])"
+    )
+    run = subprocess.run([sys.executable, "-c", child, str(tmp_path / "old")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["2", str(AutoConfig.from_pretrained(tmp_path / "old").vocab_size)]
 
 
 EXPANDED = [

@@ -26,6 +26,7 @@ def info_command(
     """
     from rich.console import Console
 
+    from ..integrations.model_card import regrouping_lines
     from ..measuring import cache, planning
 
     config = cache.decoder_of(planning.load_config(source))
@@ -36,9 +37,11 @@ def info_command(
         return
     console = Console(highlight=False)
     for name, value in facts.items():
-        if name != "layers":
+        if name not in ("layers", "regrouping"):
             shown = f"{value:,}" if type(value) is int else value
             console.print(f"{name.replace('_', ' '):>23}  {shown}")
+    for line in regrouping_lines(config):
+        console.print(f"{'regrouped':>23}  {line}", soft_wrap=True)
     heads = config.num_attention_heads
     for first, last, layer in runs(caches):
         name = f"layer {first}" if first == last else f"layers {first} to {last}"
@@ -65,6 +68,8 @@ def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
     facts["head_dim"] = caches[0].head_dim
     facts["parameters"] = parameters
     facts["cache_bytes_per_token"] = 2 * sum(layer.numbers(1) for layer in caches)
+    if getattr(config, "regrouping", None):
+        facts["regrouping"] = config.regrouping
     facts["layers"] = [{"kv_heads": layer.kv_heads, "window": layer.window} for layer in caches]
     return facts
 

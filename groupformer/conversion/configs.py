@@ -149,6 +149,8 @@ def read_config(native: PreTrainedConfig, family: Family) -> GroupFormerConfig:
         for name, value in plain(native).items()
         if name not in NOT_REMEMBERED and (name not in rebuilt or rebuilt[name] != value)
     }
+    if "regrouping" in ours.native_config:  # what was done to the heads stays readable, and goes on
+        ours.regrouping = ours.native_config.pop("regrouping")
     return ours
 
 
@@ -206,6 +208,8 @@ def write_config(ours: GroupFormerConfig, family: Family) -> PreTrainedConfig:
         ValueError: the family cannot express a field, named with its value.
     """
     fields = write_fields(ours, family)
+    if getattr(ours, "regrouping", None):
+        fields["regrouping"] = ours.regrouping
     remembered = dict(ours.native_config or {}) if ours.family == family.model_type else {}
     # A remembered value may contradict a field that was changed since; then only what no logit depends on stays.
     table = table_of(family)

@@ -15,6 +15,8 @@ ATTRIBUTION = (
     "paragraphs dropped. Access the books for free at https://openstax.org."
 )
 
+REGROUPED_HEADING = "## Key-value heads"
+
 
 def sharing(config: Any) -> str:
     """The attention sharing in words."""
@@ -26,6 +28,33 @@ def sharing(config: Any) -> str:
     if len(counts) > 1:
         return "grouped-query attention, differing by layer"
     return f"grouped-query attention: {config.num_attention_heads // counts.pop()} query heads share one"
+
+
+def regrouping_lines(config: Any) -> list[str]:
+    """What was done to the key-value heads, a line for each time, e.g. "9 -> 3 KV heads: svd, similar, ..."."""
+    lines = []
+    for entry in getattr(config, "regrouping", None) or []:
+        counts = " -> ".join(str(entry[end]) if isinstance(entry[end], int) else "by layer" for end in ("from", "to"))
+        facts = [entry["method"], *([entry["grouping"]] if "grouping" in entry else [])]
+        if entry.get("calibration_tokens"):
+            facts.append(f"calibrated on {entry['calibration_tokens']:,} tokens")
+        if entry.get("healing"):
+            facts.append(f"healed ({entry['healing']})")
+        lines.append(f"{counts} KV heads: {', '.join(facts)}; GroupFormer {entry['version']}")
+    return lines
+
+
+def regrouped_card(original: str | None, config: Any) -> str:
+    """The card of a regrouped checkpoint: the original's, and a section that says what was done.
+
+    Args:
+        original: Text of the original's README.md, if it has one.
+        config: Of the result.
+    """
+    text = (original or "---\nlibrary_name: transformers\n---\n").partition(REGROUPED_HEADING)[0].rstrip()
+    lines = "\n".join(f"- {line}" for line in regrouping_lines(config))
+    sentence = "The attention of this checkpoint was changed; all else is the original."
+    return f"{text}\n\n{REGROUPED_HEADING}\n\n{sentence}\n\n{lines}\n"
 
 
 def card_data(model_name: str, results: dict[str, Any]) -> ModelCardData:

@@ -28,6 +28,7 @@ from ..conversion.folders import (
     written_aside,
 )
 from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, write_shards
+from ..integrations.model_card import regrouped_card
 from .expansion import expanded_tensors, plan_expansion
 from .layouts import AttentionLayout
 from .moments import check_calibration
@@ -220,6 +221,9 @@ def new_entries(
 def write_beside_weights(checkpoint: FolderSource, result: Result, folder: Path) -> None:
     """Config, tokenizer and, for a GroupFormer, the code that `trust_remote_code` runs."""
     copy_companions(checkpoint.folder, folder)
+    readme = checkpoint.folder / "README.md"
+    original = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    (folder / "README.md").write_text(regrouped_card(original, result.config), encoding="utf-8")
     if is_groupformer(checkpoint.config):
         result.config.architectures = [checkpoint.model_class.__name__]
         result.config.save_pretrained(folder)
