@@ -28,6 +28,8 @@ from .probing import AttentionCall, attention_calls, build_on_meta
 
 
 TOLERANCE = 1e-5  # of the largest output, in float32
+# Classes that mix tokens without keys and values.
+OTHER_MIXERS = "Mamba|Mixer|Recurrent|DeltaNet|ShortConv|LinearAttention|LightningAttention|Rwkv"
 LARGE = 1000.0  # factor of inputs at which a clamp shows
 
 
@@ -50,9 +52,11 @@ def find_attention(model_class: type[PreTrainedModel], config: PreTrainedConfig)
         raise ValueError(
             f"{name}: layers share keys and values (num_kv_shared_layers is {config.num_kv_shared_layers})"
         )
-    model = build_on_meta(model_class, config)
+    with refusing_failures(name):
+        model = build_on_meta(model_class, config)
     paths = [(layer_path, attention_path(name, layer_path, layer)) for layer_path, layer in decoder_layers(model)]
-    calls = attention_calls(model, paths)
+    with refusing_failures(name):
+        calls = attention_calls(model, paths)
     if len(calls) < len(paths):
         raise ValueError(
             f"{name} does not call the attention of each layer once; only plain decoders can be regrouped"
@@ -62,9 +66,23 @@ def find_attention(model_class: type[PreTrainedModel], config: PreTrainedConfig)
     for call in calls:
         kind = kind_of_attention(call)
         if kind not in proved:
-            proved[kind] = Proof(name, call, getattr(config, "initializer_range", 0.02) or 0.02).layout()
+            with refusing_failures(name):
+                proved[kind] = Proof(name, call, getattr(config, "initializer_range", 0.02) or 0.02).layout()
         layouts.append(replace(proved[kind], path=call.path, layer_path=call.layer_path, norm_path=call.norm_path))
     return layouts
+
+
+@contextmanager
+def refusing_failures(model_name: str) -> Iterator[None]:
+    """Turns what a model's own code raises, on inputs that a plain decoder takes, into a refusal."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{model_name} cannot be regrouped: it fails on a probe ({type(error).__name__}: {reason}); "
+            "only plain decoders, whose layers call one attention each, can be"
+        ) from error
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -87,6 +105,12 @@ def attention_path(model_name: str, layer_path: str, layer: nn.Module) -> str:
         ValueError: there is none, more than one, or one without a projection to each of queries, keys and values.
     """
     where = f"{model_name}: {layer_path} ({type(layer).__name__})"
+    others = [type(module).__name__ for module in layer.modules() if re.search(OTHER_MIXERS, type(module).__name__)]
+    if others:
+        raise ValueError(
+            f"{where} mixes tokens by {others[-1]}; state spaces, linear attention and their hybrids with attention "
+            "cannot be regrouped"
+        )
     candidates = {path: module for path, module in layer.named_modules() if path and is_attention(module)}
     found = [path for path, module in candidates.items() if not missing_roles(roles_of(module))]
     if len(found) == 1:

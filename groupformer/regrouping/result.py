@@ -57,7 +57,7 @@ def find_result(
         try:
             type(new).from_dict(new.to_dict())  # as a file of it will be read
             found = find_attention(model_class, new)
-        except (ValueError, RuntimeError, StrictDataclassError):  # no config of this class, or none by layer
+        except (ValueError, RuntimeError, StrictDataclassError):  # no config of this class, or none with such layers
             continue
         shapes = [(x.path, x.geometry.num_heads, x.geometry.num_key_value_heads, x.geometry.head_dim) for x in found]
         rotations = [(x.geometry.rotary_dim, x.is_interleaved) for x in found]
