@@ -1,4 +1,7 @@
-"""What the commands do, as functions with the commands' defaults: results instead of tables."""
+"""What the commands do, as functions with the commands' defaults: results instead of tables.
+
+Training needs packages of the extra `training`, so it is imported where it is used.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .measuring import evaluation, planning
-from .training import uptraining
 
 
 def evaluate(
@@ -82,5 +84,7 @@ def uptrain(
     Raises:
         ValueError: a recipe that cannot be run, or an output folder that is not empty. Nothing is written then.
     """
+    from .training import uptraining
+
     recipe = uptraining.UptrainRecipe(model=str(model), **fields)
     return uptraining.uptrain(recipe, output, resume=resume, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Makes `hub_card/` from a finished pre-training run: weights in bfloat16, tokenizer, code files and card.
+"""Makes `hub_card/` from a finished pre-training run: weights in bfloat16, tokenizer and card.
 
     python scripts/make_hub_card.py RUN recipes/reference.yaml --rows N
 
@@ -28,6 +28,8 @@ def main() -> None:
     model.config.use_cache = True  # off while training
     model.save_pretrained(arguments.output)
     AutoTokenizer.from_pretrained(arguments.run).save_pretrained(arguments.output)
+    for code in arguments.output.glob("*_groupformer.py"):
+        code.unlink()  # pushing and saving write it; no file of the package is in git twice
     results = json.loads((arguments.run / "results.json").read_text())
     recipe = PretrainRecipe.from_file(arguments.recipe)
     template = arguments.output / "card_template.md"

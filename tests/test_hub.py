@@ -190,6 +190,9 @@ import groupformer
 native = groupformer.export_model(model, family="llama")
 ids = torch.tensor([[5, 6, 7]])
 torch.testing.assert_close(native(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+small = groupformer.regroup(model, {3: 2})
+assert [layer.num_key_value_heads for layer in small.config.per_layer_config] == [8, 8, 8, 2, 8, 8, 8, 8]
+assert torch.isfinite(small(ids).logits).all() and len(groupformer.plan(model)) == 4
 print(type(native).__name__)
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..families.registry import FAMILIES
+from ..families.registry import FAMILIES, is_groupformer, own_config
 from ..model.configuration_groupformer import GroupFormerConfig
 from .configs import read_config
 from .convert import families_for
@@ -69,8 +69,8 @@ def classes_for(config: PreTrainedConfig, counts: int | Sequence[int] | None = N
 
 def as_groupformer(config: PreTrainedConfig) -> GroupFormerConfig | None:
     """The config as a GroupFormer's, where the bridge can express it."""
-    if isinstance(config, GroupFormerConfig):
-        return config
+    if is_groupformer(config):
+        return own_config(config)
     if config.model_type not in FAMILIES:
         return None
     try:
@@ -92,7 +92,7 @@ def own_class(config: PreTrainedConfig, counts: int | Sequence[int] | None) -> t
 
 def possible_counts(config: PreTrainedConfig) -> list[int]:
     """The KV-head counts that divide the query heads, most first; none where the config has no such field."""
-    if not isinstance(config, GroupFormerConfig) and not hasattr(config, "num_key_value_heads"):
+    if not is_groupformer(config) and not hasattr(config, "num_key_value_heads"):
         return []
     heads = config.num_attention_heads
     return [count for count in range(heads, 0, -1) if heads % count == 0]
@@ -100,8 +100,8 @@ def possible_counts(config: PreTrainedConfig) -> list[int]:
 
 def with_kv_heads(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     """The same model with another count in every layer."""
-    if isinstance(config, GroupFormerConfig):
-        return regrouped_config(config, [count] * config.num_hidden_layers)
+    if is_groupformer(config):
+        return regrouped_config(own_config(config), [count] * config.num_hidden_layers)
     changed = copy.deepcopy(config)
     changed.num_key_value_heads = count
     return changed

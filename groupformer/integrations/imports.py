@@ -15,7 +15,7 @@ def after_import(name: str, callback: Callable[[], None]) -> None:
     Transformers' own package imports nothing before it is asked for a name, so at that moment none of its modules is
     half imported. Asking twice for the same module and function is asking once.
     """
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:  # None forbids importing it
         callback()
     elif not any(isinstance(finder, ImportWaiter) and finder.waits_for(name, callback) for finder in sys.meta_path):
         sys.meta_path.insert(0, ImportWaiter(name, callback))

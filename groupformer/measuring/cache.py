@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..conversion.configs import read_config
-from ..families.registry import FAMILIES
-from ..model.configuration_groupformer import GroupFormerConfig
+from ..families.registry import FAMILIES, is_groupformer
 
 
 # Layers of these types keep keys and values of single tokens; others (linear attention, state spaces, convolutions)
@@ -92,7 +91,7 @@ def layer_caches(config: PreTrainedConfig) -> list[LayerCache]:
             raise ValueError(
                 f"layer_types[{layer}] ({layer_type}) keeps no keys and values; plan knows attention layers"
             )
-    per_layer = getattr(config, "per_layer_config", None) if isinstance(config, GroupFormerConfig) else None
+    per_layer = getattr(config, "per_layer_config", None) if is_groupformer(config) else None
     caches = []
     for layer in range(layers):
         fields = per_layer[layer] if per_layer is not None else config

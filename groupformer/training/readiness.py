@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..conversion.folders import read_json
-from ..model.modeling_groupformer import GroupFormerPreTrainedModel
+from ..families.registry import is_groupformer
 
 
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed, and what adapters train
@@ -31,7 +31,7 @@ def refuse_leaking(name: str, source: str, model: Any) -> None:
         ValueError: such a model, by name.
     """
     # Ours are tested; flash attention reads the documents' limits from the positions, and does not run on a CPU.
-    if isinstance(model, GroupFormerPreTrainedModel) or "flash" in (model.config._attn_implementation or ""):
+    if is_groupformer(model) or "flash" in (model.config._attn_implementation or ""):
         return
     if not sees_one_document(model):
         raise ValueError(
