@@ -78,6 +78,15 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
     )
 
 
+@pytest.mark.slow
+def test_every_name_is_imported_without_the_extras():
+    extras = ("accelerate", "datasets", "peft", "evaluate", "sklearn", "seqeval", "gguf", "gradio", "matplotlib")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\nfrom groupformer import *; print(uptrain.__name__)"
+    )
+    assert python(code) == "uptrain"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["regroup", "--help"], ["nonsense"], []])
 def test_the_command_line_answers_without_torch_and_transformers(arguments):
     code = (
