@@ -87,6 +87,28 @@ def test_uptraining_brings_the_student_closer_to_its_teacher(folders, tmp_path, 
     assert results["curve"][-1]["tokens"] == results["tokens"] == 16 * 128
 
 
+def test_the_original_is_measured_on_the_same_rows(folders, tmp_path):
+    results = uptrain(recipe(folders, model=str(folders / "original"), tokens=16 * 2, bf16=False), tmp_path / "out")
+    assert results["original"]["loss"] == pytest.approx(results["curve"][0]["loss"], rel=1e-2)  # in bfloat16
+    assert results["original"]["bits_per_byte"] < results["original"]["loss"]
+
+
+def test_attention_alone_learns_where_it_is_asked_for(folders, tmp_path):
+    uptrain(recipe(folders, attention_only=True, learning_rate=1e-2), tmp_path / "out")
+    before, after = (
+        GroupFormerForCausalLM.from_pretrained(folder) for folder in (folders / "regrouped", tmp_path / "out")
+    )
+    for (name, old), new in zip(before.named_parameters(), after.parameters()):
+        assert torch.equal(old, new) != ("self_attn" in name), name
+
+
+@pytest.mark.parametrize("tokens, rows", [(16 * 32, 3), (16 * 20, 2), (16 * 8, 1)])
+def test_validation_takes_a_tenth_of_the_run_at_most(folders, tokens, rows):
+    _, validation = load_rows(recipe(folders, tokens=tokens), GroupFormerTokenizer())
+    assert len(validation) == rows
+    assert rows * 4 <= max(4, 0.4 * tokens / 16)  # the student's three evaluations and the original's
+
+
 def test_without_a_teacher_the_text_alone_teaches(folders, tmp_path):
     results = uptrain(recipe(folders, teacher=None, kl_weight=0, ce_weight=1, learning_rate=1e-2), tmp_path / "out")
     losses = [point["loss"] for point in results["curve"]]
@@ -151,6 +173,7 @@ REFUSALS = {
     "no_teacher": (dict(teacher=None), "teacher (None) is needed with kl_weight (1.0)"),
     "nothing_to_learn": (dict(kl_weight=0, ce_weight=0), "leave nothing to learn from"),
     "negative": (dict(kl_weight=-1), "kl_weight (-1) must be at least 0"),
+    "two ways": (dict(lora=True, attention_only=True), "lora (True) and attention_only (True) train different"),
     "temperature": (dict(temperature=0), "temperature (0) must be above 0"),
     "tokens": (dict(tokens=0), "tokens (0) must be at least 1"),
     "no_learning": (dict(learning_rate=0), "learning_rate (0) must be above 0"),

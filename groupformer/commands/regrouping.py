@@ -181,12 +181,13 @@ def uptrain(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; 5 % of pre-training is a good start.")],
     teacher: Annotated[str | None, typer.Option(callback=checkpoint, help="The original: folder or Hub id.")] = None,
     output: Output = Path("runs/uptrain"),
-    validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a 20th of the rows.")] = None,
+    validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: some rows of --data.")] = None,
     kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the text's own cross-entropy.")] = 0.1,
     temperature: Annotated[float, typer.Option(help="Of both distributions in the divergence.")] = 1.0,
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters, merged at the end.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    attention_only: Annotated[bool, typer.Option("--attention-only", help="Train the attention alone.")] = False,
     text_column: TextColumn = "text",
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a packed row.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per device in one forward pass.")] = 8,
@@ -216,6 +217,7 @@ def uptrain(
         temperature=temperature,
         lora=lora,
         lora_rank=lora_rank,
+        attention_only=attention_only,
         text_column=text_column,
         row_length=row_length,
         batch_size=batch_size,
@@ -232,5 +234,7 @@ def uptrain(
         return
     from .tables import print_table
 
-    curve = [list(point.values()) for point in results["curve"]]
+    curve: list[list[Any]] = [list(point.values()) for point in results["curve"]]
+    if "original" in results:
+        curve.append(["original", *results["original"].values()])
     print_table(f"Uptraining, saved to {output}", ["tokens", "validation loss", "bits per byte"], curve)

@@ -124,6 +124,7 @@ def settings_of(recipe: Any, model: Any) -> dict[str, Any]:
     return {
         "lora": recipe.lora,
         "lora_rank": recipe.lora_rank if recipe.lora else None,
+        "attention_only": recipe.attention_only,
         "parameters": model.num_parameters(),
     }
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from ..conversion.loading import load_checked
+from ..conversion.loading import best_device, load_checked
 from ..conversion.token_limit import limit_tokenizer
 from .data import expand, load_files, tokenize_and_pack
 from .pretraining import PackedTrainer, bytes_per_token, packed_collator
@@ -48,13 +48,15 @@ class UptrainRecipe:
     Args:
         model: Folder or Hub id of the regrouped model.
         teacher: Folder or Hub id of the original, with the same vocabulary. Needed unless `kl_weight` is 0.
-        train_files, validation_files: Paths or patterns of parquet, JSON, CSV or text files.
+        train_files, validation_files: Paths or patterns of parquet, JSON, CSV or text files. Without validation files,
+            rows of the training text are held out: every 20th, but no more than a tenth of the run's time reads.
         tokens: How many tokens to train on; the data are repeated where they are fewer.
         kl_weight: Of KL(teacher ‖ student), the mean over tokens (Hinton et al. 2015, section 2).
         ce_weight: Of the text's own cross-entropy.
         temperature: Of both distributions in the KL, which is multiplied by its square (likewise).
         lora: Train low-rank adapters of the attention projections, merged into the weights at the end.
         lora_rank: Their rank; alpha is twice that.
+        attention_only: Train the attention's own parameters, and nothing else.
         text_column: The column with the text.
         tokenizer: Folder or Hub id; by default the model's.
         row_length: Tokens in a packed row.
@@ -63,7 +65,7 @@ class UptrainRecipe:
         learning_rate: Highest of the cosine. Default: 5e-4, with LoRA 1e-3.
         warmup_ratio, weight_decay: Of AdamW with betas 0.9 and 0.95, gradients clipped at norm 1.
         evaluations: How often to evaluate, and to save, on the way.
-        bf16: Autocast in bfloat16. `None`: on GPUs that have it, and not on the CPU.
+        bf16: Autocast in bfloat16. `None`: on GPUs that have it, and on CPUs with matrix units for it.
         device: "cpu", or the kind of accelerator that is there. `None`: the best there is.
         seed: Of data order and adapters.
     """
@@ -78,6 +80,7 @@ class UptrainRecipe:
     temperature: float = 1.0
     lora: bool = False
     lora_rank: int = 16
+    attention_only: bool = False
     text_column: str = "text"
     tokenizer: str | None = None
     row_length: int = 512
@@ -104,6 +107,8 @@ class UptrainRecipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} ({value}) must be above 0, and finite")
+        if self.lora and self.attention_only:
+            raise ValueError("lora (True) and attention_only (True) train different parameters; choose one of them")
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ValueError("kl_weight (0) and ce_weight (0) leave nothing to learn from; set one above 0")
         if self.kl_weight > 0 and self.teacher is None:
@@ -247,7 +252,8 @@ def load_tokenizer(recipe: UptrainRecipe) -> Any:
 
 
 def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
-    """Packed rows to train and to validate on; without validation files, every 20th row (at least one) is held out.
+    """Packed rows to train and to validate on; without validation files, every 20th row (at least one) is held out, of
+    which as many are read as take a tenth of the run's time.
 
     Raises:
         ValueError: files that cannot be read, or too little text for the rows.
@@ -258,7 +264,8 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
         validation = tokenize_and_pack(texts, tokenizer, recipe.row_length, recipe.text_column)
     else:
         held_out = range(0, len(rows), 20)
-        validation = rows.select(held_out)
+        most = validation_rows_at_most(recipe)
+        validation = rows.select(held_out[:: math.ceil(len(held_out) / most)])
         rows = rows.select([index for index in range(len(rows)) if index % 20])
     for name, split in (("training", rows), ("validation", validation)):
         if not len(split):
@@ -268,6 +275,15 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     return enough(rows, recipe), validation
 
 
+def validation_rows_at_most(recipe: UptrainRecipe) -> int:
+    """Rows whose evaluations together take about a tenth of the run's time.
+
+    A step reads each token forwards and backwards and once more as the teacher: four times what evaluating it takes.
+    """
+    evaluations = recipe.evaluations + 2  # the first of the student, and the original's
+    return max(1, int(0.4 * recipe.tokens / recipe.row_length / evaluations))
+
+
 def enough(rows: Any, recipe: UptrainRecipe) -> Any:
     """The rows, repeated where they are fewer than the steps read.
 
@@ -275,6 +291,13 @@ def enough(rows: Any, recipe: UptrainRecipe) -> Any:
     """
     needed = recipe.steps * recipe.batch_size * recipe.gradient_accumulation_steps
     return rows if len(rows) >= needed else rows.select([index % len(rows) for index in range(needed)])
+
+
+def wants_bf16(recipe: UptrainRecipe) -> bool | None:
+    """The recipe's `bf16`; on a CPU by default whether it has matrix units, which multiply several times as fast."""
+    if recipe.bf16 is not None or best_device(recipe.device) != "cpu":
+        return recipe.bf16
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> TrainingArguments:
@@ -299,7 +322,7 @@ def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> Tr
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, every // 5),
-        **hardware_arguments(recipe.device, recipe.bf16),
+        **hardware_arguments(recipe.device, wants_bf16(recipe)),
         prediction_loss_only=True,
         report_to=[],
         seed=recipe.seed,
@@ -332,8 +355,8 @@ def uptrain(
         overwrite: Replace what is in `output`.
 
     Returns:
-        Steps and tokens seen; validation loss and bits per byte at the end; and "curve", these figures by tokens seen,
-        from 0 on.
+        Steps and tokens seen; validation loss and bits per byte at the end; "curve", these figures by tokens seen,
+        from 0 on; and "original", the teacher's loss and bits per byte on the same rows, where there is a teacher.
 
     Raises:
         ValueError: a recipe that cannot be run, or an output folder that is not empty, is one of the inputs, or holds
@@ -354,40 +377,64 @@ def uptrain(
         refuse_other_settings(output, settings)
     # Whatever can fail comes first: an output that is overwritten is gone.
     model = add_lora(student, recipe) if recipe.lora else student
+    if recipe.attention_only:
+        train_attention_only(student)
     arguments = training_arguments(recipe, output, resumed=checkpoint is not None)
     inputs: list[str | Path] = [*expand([*recipe.train_files, *recipe.validation_files]), *sources]
     inputs.append(recipe.tokenizer or recipe.model)
     prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
     on_interrupt = SaveOnInterrupt()
-    trainer = DistillationTrainer(
-        model=model,
+    shared: dict[str, Any] = dict(
         args=arguments,
-        train_dataset=train_rows.with_format("numpy"),
         eval_dataset=validation_rows.with_format("numpy"),
         data_collator=packed_collator(student),
         processing_class=tokenizer,
-        callbacks=[on_interrupt],
         validation_bytes_per_token=bytes_per_token(validation_rows, tokenizer),
+    )
+    trainer = DistillationTrainer(
+        model=model,
+        train_dataset=train_rows.with_format("numpy"),
+        callbacks=[on_interrupt],
         teacher=teacher,
         recipe=recipe,
+        **shared,
     )
     if checkpoint is None:
         trainer.accelerator.wait_for_everyone()  # a process that comes late would find the output not empty
         if trainer.is_world_process_zero():
             keep_settings(output, settings)
+    original = None if teacher is None else PackedTrainer(model=teacher, **shared).evaluate()
     with on_interrupt:
         trainer.train(resume_from_checkpoint=checkpoint)
-    scores = trainer.evaluate()
-    results = {
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    is_done = bool(evaluations) and evaluations[-1]["step"] == trainer.state.global_step
+    scores = evaluations[-1] if is_done else trainer.evaluate()
+    results: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * recipe.tokens_per_step,
         "validation_loss": scores["eval_loss"],
         "validation_bits_per_byte": scores["eval_bits_per_byte"],
         "curve": evaluation_curve(trainer.state.log_history, recipe),
     }
+    if original is not None:
+        results["original"] = {"loss": original["eval_loss"], "bits_per_byte": original["eval_bits_per_byte"]}
     save(model, tokenizer, output, dtype)
     (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
     return results
+
+
+def train_attention_only(model: Any) -> None:
+    """Freezes all parameters but those of attention modules.
+
+    Raises:
+        ValueError: the model has no attention module.
+    """
+    attention = [module for module in model.modules() if "Attention" in type(module).__name__]
+    if not attention:
+        raise ValueError(f"attention_only (True) finds no attention module in {type(model).__name__}")
+    model.requires_grad_(False)
+    for module in attention:
+        module.requires_grad_(True)
 
 
 def evaluation_curve(log: list[dict[str, Any]], recipe: UptrainRecipe) -> list[dict[str, float]]:
