@@ -32,7 +32,7 @@ print(json.dumps({"class": type(model).__name__, "text": tokenizer.decode(tokens
 YOUR_OWN = """The same with a decoder of yours, a folder or a Hub id:
   groupformer plan PATH
   groupformer regroup PATH small --kv-heads N --calibration TEXT
-  groupformer uptrain small --teacher PATH --data TEXT --tokens 1000000"""
+  groupformer heal small PATH healed --text TEXT"""
 
 
 def add_commands(app: typer.Typer) -> None:
