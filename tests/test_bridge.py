@@ -161,7 +161,7 @@ def test_bin_file_that_runs_code_is_refused(native, tmp_path):
 
 
 def test_names_of_older_files_are_understood(tmp_path):
-    """The Hub's GPT-2 has no base prefix and stores its masks; Pythia calls its head embed_out."""
+    """The Hub's GPT-2 has no base prefix; Pythia calls its head embed_out."""
     for name, changes in {
         "gpt2": lambda key: key.removeprefix("transformer."),
         "bloom": lambda key: key.removeprefix("transformer."),
@@ -171,10 +171,48 @@ def test_names_of_older_files_are_understood(tmp_path):
         native_model(name, next(iter(FAMILIES[name].examples))).save_pretrained(folder)
         expected = groupformer.import_model(folder).state_dict()
         tensors = {changes(key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
-        if name == "gpt2":
-            tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
         save_file(tensors, folder / "model.safetensors")
         assert same_tensors(groupformer.import_model(folder).state_dict(), expected)
+
+
+# What older files hold beside weights, as the families' layers are called.
+BUFFERS = {
+    "bias": torch.ones(1, 1, 8, 8).tril(),
+    "masked_bias": torch.tensor(-1e9),
+    "rotary_emb.inv_freq": torch.ones(4),
+    "rotary_emb.cos_cached": torch.ones(1, 1, 8, 4),
+}
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int64, torch.float32)
+ATTENTION = {"gpt2": "h.0.attn", "gpt_bigcode": "h.0.attn", "gpt_neox": "layers.0.attention", "mpt": "blocks.0.attn"}
+ATTENTION |= {"bloom": "h.0.self_attention", "falcon": "h.0.self_attention", "opt": "model.decoder.layers.0.self_attn"}
+
+
+def save_as(tensors: dict[str, torch.Tensor], folder: Path, kind: str) -> None:
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    if kind == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(("name", "option"), FIRST_OPTION)
+def test_buffers_of_older_files_are_passed_over_and_weights_of_integers_are_not(name, option, kind, tmp_path):
+    model = native_model(name, option)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    layer = ATTENTION.get(name, "layers.0.self_attn")
+    buffers = {f"{layer}.{stem}": tensor for stem, tensor in BUFFERS.items()}
+    buffers[f"{layer}.bias"] = buffers[f"{layer}.bias"].to(MASK_DTYPES[list(FAMILIES).index(name) % 4])
+    save_as({**tensors, **buffers, "position_ids": torch.arange(8)}, tmp_path, kind)
+    assert same_tensors(groupformer.import_model(tmp_path).state_dict(), groupformer.import_model(model).state_dict())
+    weight = next(key for key, tensor in tensors.items() if tensor.ndim == 2)
+    save_as({**tensors, weight: tensors[weight].to(torch.int8)}, tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"{weight} has dtype int8, but weights are floats"):
+        groupformer.import_model(tmp_path)
+    save_as({**tensors, f"{layer}.bias": torch.ones(7)}, tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"unknown {layer}\.bias"):  # a vector: perhaps a weight
+        groupformer.import_model(tmp_path)
 
 
 def test_tied_head_that_is_stored_twice_must_be_a_copy(tmp_path):

@@ -95,13 +95,19 @@ def source_names(conversion: Conversion, source: Source) -> dict[str, str]:
     """The plan's names of a source's tensors, mapped to the source's own names.
 
     Raises:
-        ValueError: the source does not hold what its config says.
+        ValueError: the source does not hold what its config says, or holds a weight that is no float.
     """
     names: dict[str, str] = {}
-    for name in source.entries:
-        known = native_name(name, conversion.plan, conversion.family) if conversion.to_ours else name
+    for name, entry in source.entries.items():
+        known = native_name(name, entry.shape, conversion.plan, conversion.family) if conversion.to_ours else name
         if known is not None:
             names[known] = name
+            if known in conversion.source_shapes and not entry.dtype.is_floating_point:
+                dtype = str(entry.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{source.where}: {name} has dtype {dtype}, but weights are floats; "
+                    "use the checkpoint from before it was quantized"
+                )
     drop_tied_head(conversion, source, names)
     found = {known: source.entries[name].shape for known, name in names.items()}
     refuse_other_tensors(found, conversion.source_shapes, source.where)

@@ -167,17 +167,33 @@ def refuse_uncovered(shapes: Shapes, covered: Iterable[str], side: str) -> None:
 # Names as files hold them --------------------------------------------------------------------------------------------
 
 
-def native_name(name: str, plan: Plan, family: Family) -> str | None:
+# What older files hold beside weights, of any dtype: causal masks and what fills them, RoPE's frequencies and tables,
+# ALiBi's biases, positions.
+BUFFERS = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|alibi|attn_bias|causal_mask)$"
+    r"|\.(attn|attention|self_attn|self_attention)\.(bias|masked_bias)$"
+)
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor that no module has was a buffer; a vector named `attention.bias` would be a weight."""
+    is_mask = len(shape) < 1 or shape == (1,) or (len(shape) > 1 and shape[-1] == shape[-2])
+    return BUFFERS.search(name) is not None and (is_mask or not name.endswith(".bias"))
+
+
+def native_name(name: str, shape: tuple[int, ...], plan: Plan, family: Family) -> str | None:
     """Today's name of a native file's tensor; None for what was never a weight.
 
     Older files lack or add the base model's prefix, or use older names. A name that nobody knows stays as it is.
     """
-    if any(re.search(pattern, name) for pattern in family.legacy_buffers):
-        return None
+    known = name
     for pattern, replacement in family.legacy_names.items():
-        name = re.sub(pattern, replacement, name)
-    candidates = (name, plan.native_prefix + name, re.sub(r"^(model|transformer|gpt_neox)\.", "", name))
-    return next((candidate for candidate in candidates if candidate in plan.native_shapes), name)
+        known = re.sub(pattern, replacement, known)
+    candidates = (known, plan.native_prefix + known, re.sub(r"^(model|transformer|gpt_neox)\.", "", known))
+    for candidate in candidates:
+        if candidate in plan.native_shapes:
+            return candidate
+    return None if is_buffer(name, shape) else known
 
 
 def refuse_other_tensors(found: Shapes, expected: Shapes, where: str) -> None:

@@ -67,7 +67,6 @@ class Family:
             layer. Heads have the same names everywhere, see `weights.HEADS`.
         legacy_names: Names in older files, as regular expressions, to the names that transformers' modules have today.
         file_names: Names of today's modules, as regular expressions, to those that files keep for compatibility.
-        legacy_buffers: Regular expressions of tensors in older files that were never weights (masks, frequencies).
         tiny: Native config of a model for tests, small and unusual.
         examples: Options that real checkpoints use, each as changes to `tiny`; every one is tested for exactness.
         refused: Options that are refused, each as changes to `tiny` that hold one field to blame, for the tests.
@@ -79,7 +78,6 @@ class Family:
     weights: Mapping[str, str | Weights]
     legacy_names: Mapping[str, str] = field(default_factory=dict)
     file_names: Mapping[str, str] = field(default_factory=dict)
-    legacy_buffers: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -91,7 +91,6 @@ FAMILY = Family(
         "h.*.mlp.c_proj": Weights("layers.*.mlp.down_proj", Conv1D()),
         "ln_f": "norm",
     },
-    legacy_buffers=(r"\.attn\.bias$", r"\.attn\.masked_bias$"),
     tiny=TINY_GPT2,
     examples={
         "odd heads": {},

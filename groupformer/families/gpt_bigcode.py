@@ -32,7 +32,6 @@ FAMILY = Family(
         "h.*.mlp.c_proj": "layers.*.mlp.down_proj",
         "ln_f": "norm",
     },
-    legacy_buffers=(r"\.attn\.bias$", r"\.attn\.masked_bias$"),
     tiny=TINY_GPT2,
     examples={
         "one key head": {},

@@ -49,7 +49,6 @@ FAMILY = Family(
     },
     legacy_names={r"^embed_out\.": "lm_head."},
     file_names={r"^lm_head\.": "embed_out."},
-    legacy_buffers=(r"rotary_emb\.inv_freq$", r"\.attention\.bias$", r"\.attention\.masked_bias$"),
     tiny={
         "vocab_size": 83,
         "hidden_size": 24,
