@@ -449,7 +449,7 @@ def test_wrong_directions_are_refused(native, tmp_path):
         import_folder(tmp_path / "ours", tmp_path / "again")
     with pytest.raises(ValueError, match="'llama', not a GroupFormer"):
         export_folder(native, tmp_path / "again")
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="is not there"):
         import_folder(tmp_path / "nowhere" / "at" / "all", tmp_path / "again")
 
 

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from typer.testing import CliRunner
 
 import groupformer
@@ -208,6 +208,36 @@ def test_byte_level_tokenizer_is_written(tmp_path, steps, name):
     types = value_of(reader, "tokenizer.ggml.token_type")
     assert (types[0], types[5], types[-1]) == (3, 1, 5)
     assert len(value_of(reader, "tokenizer.ggml.merges")) == len(tokenizer) - 257
+
+
+def test_qwen2_tokenizer_as_transformers_makes_it_is_written(tmp_path):
+    _, folder = imported(tmp_path, "qwen2", next(iter(FAMILIES["qwen2"].examples)))
+    Qwen2Tokenizer(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]).save_pretrained(folder)  # normalizes to NFC
+    export_gguf(folder, tmp_path / "model.gguf")
+    assert value_of(gguf.GGUFReader(tmp_path / "model.gguf"), "tokenizer.ggml.pre") == "qwen2"
+
+
+def test_every_token_that_ends_a_generation_is_written(tmp_path):
+    _, folder = imported(tmp_path, "llama", "grouped queries", vocab_size=310)
+    save_tokenizer(folder, WORDS)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [7, 5, 3]}))
+    export_gguf(folder, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert [value_of(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [7, 5, 3]
+    path.write_text(json.dumps({"eos_token_id": [7, 5, 3, 2]}))
+    with pytest.raises(ValueError, match=r"eos_token_id \(\[7, 5, 3, 2\]\) names 4 tokens"):
+        export_gguf(folder, tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFKC()])
+def test_a_normalizer_that_llama_cpp_has_not_is_refused_by_name(normalizer, tmp_path):
+    _, folder = imported(tmp_path, "llama", "grouped queries", vocab_size=310)
+    fast = save_tokenizer(folder, WORDS)
+    fast.backend_tokenizer.normalizer = normalizer
+    fast.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"its normalizer is .*{type(normalizer).__name__}"):
+        export_gguf(folder, tmp_path / "model.gguf")
 
 
 def test_tokenizer_that_splits_otherwise_is_refused(tmp_path):

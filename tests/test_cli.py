@@ -134,7 +134,7 @@ def test_a_folder_without_a_config_is_named(tmp_path):
 
 def test_a_name_that_the_hub_does_not_give_is_named():
     done = groupformer("info", "hub_crad")
-    assert done.returncode == 1 and done.stderr.startswith("error: hub_crad is not there, and the Hub did not help: ")
+    assert done.returncode == 1 and done.stderr.startswith("error: hub_crad is not there, and not in the Hub's cache")
 
 
 # Reading its prompt from a standard input that presses Ctrl-C.

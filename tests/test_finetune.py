@@ -179,9 +179,9 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 
 BAD_FIELDS = [
     ({"config": {**TINY, "hiden_size": 8}}, "model has unknown fields (hiden_size); choose from "),
-    ({"config": {}, "model": "nowhere/at/all"}, "model (nowhere/at/all) is not there"),
-    ({"tokenizer": "/nowhere"}, "tokenizer (/nowhere) is not there"),
-    ({"config": TINY, "model": "gpt2"}, "config is for fresh models, but model is given"),
+    ({"config": {}, "model": "nowhere/at/all"}, "nowhere/at/all is not there"),
+    ({"tokenizer": "/nowhere"}, "/nowhere is not there"),
+    ({"config": TINY, "model": "gpt2"}, "--config is for fresh models, but --model is given"),
     ({"learning_rate": -1.0}, "learning_rate (-1.0) must be at least 0"),
     ({"learning_rate": 0.0}, "learning_rate (0.0) must be above 0"),
     ({"warmup_ratio": 2.0}, "warmup_ratio (2.0) must be between 0 and 1"),

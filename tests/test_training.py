@@ -174,7 +174,7 @@ def test_streamed_data_trains_too(tmp_path):
 
 BAD_RECIPES = [
     ({"row_length": 0}, "row_length (0) must be at least 1"),
-    ({"train_files": []}, "give either train_files or dataset"),
+    ({"train_files": []}, "train_files or dataset must be given, and not both"),
     ({"train_files": ["nowhere.parquet"]}, "file (nowhere.parquet) is not there"),
     ({"text_column": "body"}, "column ('body') is not in the data; choose from text"),
     ({"model": {**TINY, "num_key_value_heads": 3}}, "num_key_value_heads (3); choose 1, 2 or 4"),
@@ -285,7 +285,10 @@ def test_bad_fine_tuning_input_is_refused(sentences, tagged, tmp_path):
         ({"train_files": [str(empty)]}, "is empty; give one with at least one row"),
         ({"text_column": "body"}, "column ('body') is not in the data; choose from text, label"),
         ({"label_column": "tag"}, "column ('tag') is not in the data"),
-        ({"train_files": tagged}, "text_column (None) matches no column of the data; choose from tokens, tags"),
+        (
+            {"train_files": tagged},
+            "no column named text or sentence or utterance; pass --text-column with one of: tokens, tags",
+        ),
         ({"merge": True}, "merge (True) needs lora=True"),
         ({"task": "causal-lm", "bidirectional": True}, "bidirectional (True) would let causal-lm see"),
         (

@@ -128,7 +128,7 @@ def test_the_weight_of_the_text_counts_without_a_teacher_too(folders, tmp_path):
 def test_a_run_that_was_cut_off_resumes_to_the_same_weights(folders, tmp_path):
     plan = recipe(folders, evaluations=4)
     uptrain(plan, tmp_path / "whole")
-    uptrain(plan, tmp_path / "cut")
+    uptrain(plan, tmp_path / "cut", keep_checkpoints=True)
     for path in (tmp_path / "cut").glob("*"):  # as if the run had ended after its last but one checkpoint
         if path.is_file():
             path.unlink()
@@ -282,7 +282,7 @@ def test_a_teacher_whose_tokenizer_numbers_tokens_otherwise_is_refused(folders, 
 
 def test_a_run_resumes_with_more_tokens_but_not_with_other_adapters(folders, tmp_path):
     plan = dict(lora=True, lora_rank=2, evaluations=1)
-    uptrain(recipe(folders, tokens=16 * 4, **plan), tmp_path / "out")
+    uptrain(recipe(folders, tokens=16 * 4, **plan), tmp_path / "out", keep_checkpoints=True)
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["lora_rank"] == 2
     with pytest.raises(ValueError, match=r"lora_rank \(4\) was 2 in the run"):
         uptrain(recipe(folders, **{**plan, "lora_rank": 4}), tmp_path / "out", resume=True)
@@ -292,10 +292,17 @@ def test_a_run_resumes_with_more_tokens_but_not_with_other_adapters(folders, tmp
 
 
 def test_a_run_without_a_record_of_its_settings_resumes(folders, tmp_path):
-    uptrain(recipe(folders, tokens=16 * 4, evaluations=1), tmp_path / "out")
+    uptrain(recipe(folders, tokens=16 * 4, evaluations=1), tmp_path / "out", keep_checkpoints=True)
     (tmp_path / "out" / "recipe.json").unlink()
     assert uptrain(recipe(folders, tokens=16 * 8, evaluations=1), tmp_path / "out", resume=True)["steps"] == 4
     assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+def test_a_finished_run_keeps_its_model_alone_and_says_that_nothing_is_left_to_resume(folders, tmp_path):
+    uptrain(recipe(folders, tokens=16 * 4, evaluations=2), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="holds a finished run without checkpoints.*pass --keep-checkpoints"):
+        uptrain(recipe(folders, tokens=16 * 8, evaluations=2), tmp_path / "out", resume=True)
 
 
 def test_the_command_prints_the_curve_as_json(folders, tmp_path):

@@ -27,13 +27,9 @@ def app_command(
 
     Example: groupformer app runs/regrouped --port 7860
     """
-    try:
-        import gradio  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"the app needs {error.name}; install it with: pip install 'gradio>=6.31' matplotlib"
-        ) from error
+    from ..conversion.sources import require
+
+    require("gradio", "matplotlib", what="the app")
     from ..app import launch
 
     def on_start(address: str) -> None:

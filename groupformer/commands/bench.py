@@ -43,6 +43,7 @@ def bench_command(
 
     from ..conversion.loading import best_device, load_checked
     from ..measuring import speed
+    from ..measuring.cache import positions_of
     from .tables import print_table
 
     device = best_device(device)
@@ -50,9 +51,12 @@ def bench_command(
     for path in source:
         bar_for_large(path)
         models[path] = load_checked(AutoModelForCausalLM, path, dtype=dtype.value).to(device)
-        limit = getattr(models[path].config.get_text_config(), "max_position_embeddings", None)
+        limit = positions_of(models[path].config)
         if limit is not None and context + new_tokens > limit:
-            raise ValueError(f"context + new_tokens ({context + new_tokens}) exceeds the {limit} positions of {path}")
+            raise ValueError(
+                f"--context and --new-tokens ({context:,} + {new_tokens:,}) exceed the {limit:,} positions of {path}; "
+                "choose a shorter context"
+            )
     set_seed(seed)
     with counting_bar("timing", len(models) * (rounds + 1), "rounds") as advance:
         rows = speed.measure(

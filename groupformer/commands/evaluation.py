@@ -27,7 +27,9 @@ def eval_command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="PATH|HUB_ID", callback=checkpoint, help="Any causal language model, with its tokenizer."
+            metavar="PATH|HUB_ID",
+            callback=checkpoint,
+            help="A causal language model: folder, GGUF, adapter, Hub id.",
         ),
     ],
     file: Annotated[list[str], typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")],
@@ -46,9 +48,11 @@ def eval_command(
     Example: groupformer eval runs/reference --file 'books/test-*.parquet'
     """
     from ..conversion.loading import best_device
+    from ..conversion.sources import require
     from ..measuring.evaluation import evaluate_checkpoint
     from ..training.data import read_column
 
+    require("datasets", what="eval")
     bar_for_large(model)
     device = best_device(device)  # refused before a file is read
     texts = read_column(file, text_column)[:max_documents]

@@ -1,6 +1,7 @@
 """`groupformer finetune`."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from .shared import (
     TRAIN,
     AsJson,
+    Cost,
     Output,
     Overwrite,
     Resume,
@@ -16,9 +18,21 @@ from .shared import (
     TrainingDevice,
     TrainingDtype,
     TrainingDtypeOption,
+    check_source,
     print_json,
+    print_outcome,
+    resumable,
+    size_on_disk,
     stdout_for_results,
 )
+
+
+class Task(str, Enum):
+    """The tasks of `training.tasks`."""
+
+    causal_lm = "causal-lm"
+    sequence_classification = "sequence-classification"
+    token_classification = "token-classification"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -26,7 +40,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def finetune(
-    task: Annotated[str, typer.Option(help="sequence-classification, token-classification or causal-lm.")],
+    task: Annotated[Task, typer.Option(help="What to learn.")],
     output: Output = Path("runs/finetune"),
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")
@@ -34,11 +48,18 @@ def finetune(
     validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a tenth of train.")] = None,
     test_file: Annotated[list[str] | None, typer.Option(help="Likewise, scored once at the end.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Instead of files, a dataset on the Hub.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: a fresh model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(callback=check_source, help="Folder, GGUF, adapter or Hub id. Default: a fresh model."),
+    ] = None,
     config: Annotated[str, typer.Option(help="Fields of a fresh model, as JSON.")] = "{}",
     tokenizer: Tokenizer = None,
-    text_column: Annotated[str | None, typer.Option(help="Default: text, or tokens.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Default: label, or tags.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Default: text, messages, sentence, utterance, tokens or words.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Default: label, labels, intent, tags, ner_tags or pos_tags.")
+    ] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Let tokens see what follows.")] = False,
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters only.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
@@ -58,10 +79,14 @@ def finetune(
 
     Example: groupformer finetune --task sequence-classification --train-file train.parquet --test-file test.parquet
     """
+    from ..conversion.sources import require
+
+    require("datasets", "accelerate", what="finetune")
     from ..training import finetuning
 
+    cost = Cost()
     recipe = finetuning.FinetuneRecipe(
-        task=task,
+        task=task.value,
         train_files=train_file or [],
         validation_files=validation_file or [],
         test_files=test_file or [],
@@ -83,14 +108,19 @@ def finetune(
         device=device,
         seed=seed,
     )
-    with stdout_for_results(as_json):
+    with stdout_for_results(as_json), resumable(output):
         results = finetuning.finetune(recipe, output, resume=resume, overwrite=overwrite)
     if as_json:
         print_json(results)
         return
     from .tables import print_table
 
-    print_table(f"{task}, saved to {output}", ["figure", "value"], [list(item) for item in results.items()])
+    print_table(f"Fine-tuning, {task.value}", ["figure", "value"], [list(item) for item in results.items()])
+    made = "the adapter alone" if lora and not merge else "the whole model"
+    next_line = (
+        f'groupformer generate {output} "The river"' if task is Task.causal_lm else f"groupformer info {output}"
+    )
+    print_outcome(f"{output}: {made}", {"size": size_on_disk(output), "took": cost}, [next_line])
 
 
 def parse_fields(text: str) -> Any:
@@ -102,4 +132,6 @@ def parse_fields(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"config ({text}) is not JSON ({error}); write it like '{{\"hidden_size\": 256}}'") from error
+        raise ValueError(
+            f"--config ({text}) is not JSON ({error}); write it like '{{\"hidden_size\": 256}}'"
+        ) from error

@@ -29,9 +29,11 @@ def info_command(
     from ..integrations.model_card import regrouping_lines
     from ..measuring import cache, planning
 
-    config = cache.decoder_of(planning.load_config(source))
+    native = planning.load_config(source)
+    config = cache.decoder_of(native)
     caches = cache.layer_caches(config)
     facts = describe(config, caches, planning.parameter_counts(config)[0])
+    facts |= describe_formats(native, caches)
     if as_json:
         print_json(facts)
         return
@@ -39,9 +41,9 @@ def info_command(
     for name, value in facts.items():
         if name not in ("layers", "regrouping"):
             shown = f"{value:,}" if type(value) is int else value
-            console.print(f"{name.replace('_', ' '):>23}  {shown}")
+            console.print(f"{name.replace('_', ' '):>28}  {shown}")
     for line in regrouping_lines(config):
-        console.print(f"{'regrouped':>23}  {line}", soft_wrap=True)
+        console.print(f"{'regrouped':>28}  {line}", soft_wrap=True)
     heads = config.num_attention_heads
     for first, last, layer in runs(caches):
         name = f"layer {first}" if first == last else f"layers {first} to {last}"
@@ -58,6 +60,10 @@ def sharing(heads: int, kv_heads: int) -> str:
     return SHARING[heads == kv_heads]
 
 
+def divisors(number: int) -> list[int]:
+    return [count for count in range(number, 0, -1) if number % count == 0]
+
+
 def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
     """What is printed, as plain data."""
     names = ["family", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
@@ -72,6 +78,16 @@ def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
         facts["regrouping"] = config.regrouping
     facts["layers"] = [{"kv_heads": layer.kv_heads, "window": layer.window} for layer in caches]
     return facts
+
+
+def describe_formats(native: Any, caches: list) -> dict[str, Any]:
+    """What can hold the model as it is, and the counts of KV heads with which a class of transformers can."""
+    from ..conversion.counts import classes_for
+
+    present = [layer.kv_heads for layer in caches]
+    counts = [count for count in divisors(min(present)) if all(each % count == 0 for each in present)]
+    able = [count for count in counts if classes_for(native, count).native]
+    return {"held_by": str(classes_for(native)), "kv_heads_with_a_native_class": ", ".join(map(str, able)) or "none"}
 
 
 def runs(caches: list) -> list[tuple[int, int, Any]]:

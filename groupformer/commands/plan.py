@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import LOOK, AsJson, checkpoint, print_json
+from .shared import LOOK, AsJson, checkpoint, plural, print_json
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -19,7 +19,9 @@ def plan_command(
         typer.Argument(metavar="PATH|HUB_ID", callback=checkpoint, help="A checkpoint; only its config is read."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json by itself, instead of a checkpoint.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 4096,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each sequence. Default: 4096, or all positions.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of the GPU, in GB (1e9 bytes).")] = 24.0,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="Bandwidth of that memory, in GB/s.")] = 1000.0,
@@ -30,12 +32,14 @@ def plan_command(
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, PDF, SVG).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the KV cache of any transformers decoder costs, and would cost with other numbers of KV heads.
+    """What the KV cache of any transformers decoder costs, with which number of KV heads it fits, and what holds it.
 
     Reads the config only. The speed is a bound: the bytes that a step must read, over the bandwidth.
 
     Example: groupformer plan meta-llama/Llama-2-7b-hf --context 8192 --batch 16 --gpu-memory 80 --bandwidth 3350
     """
+    from ..conversion.counts import classes_for
+    from ..conversion.sources import require
     from ..measuring import planning
     from .tables import print_table
 
@@ -43,14 +47,17 @@ def plan_command(
         raise ValueError("nothing to plan; give a folder or Hub id, or the file of --config")
     hardware = planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype)
     model = planning.load_config(source, config)
+    context = planning.check_context(model, context)
     plans = planning.plan(model, context, batch, hardware)
-    title = f"{source or config}: {batch} x {context:,} tokens, {gpu_memory:g} GB at {bandwidth:g} GB/s"
+    held_by = {each.kv_heads: classes_for(model, None if each.is_present else int(each.kv_heads)) for each in plans}
+    title = f"{batch} x {context:,} tokens, {gpu_memory:g} GB at {bandwidth:g} GB/s"
     if plot is not None:
-        planning.draw(plans, title, plot)
+        require("matplotlib", what="--plot")
+        planning.draw(plans, f"{source or config}: {title}", plot)
     if as_json:
-        print_json([dataclasses.asdict(each) for each in plans])
+        print_json([{**dataclasses.asdict(each), "class": held_by[each.kv_heads].result} for each in plans])
         return
-    columns = ["KV heads", "bytes/token", "weights GB", "cache GB", "of now", "sequences", "tokens/s <="]
+    columns = ["KV heads", "bytes a token", "weights GB", "cache GB", "of now", "sequences", "tokens/s <="]
     rows = [
         [
             f"{each.kv_heads}{' (now)' if each.is_present else ''}",
@@ -66,3 +73,24 @@ def plan_command(
     print_table(title, columns, rows)
     if plans[0].tokens_per_second is None:
         typer.echo("No bound on the speed: a mixture of experts reads only some of its weights.")
+    by_formats: dict[str, list[str]] = {}
+    for count, formats in held_by.items():
+        by_formats.setdefault(str(formats), []).append(str(count))
+    for holder, counts in by_formats.items():
+        typer.echo(f"{', '.join(counts)} KV head{'' if counts == ['1'] else 's'}: {holder}")
+    fitting = planning.recommend(plans, batch)
+    if fitting is None:
+        typer.echo(
+            f"No count lets {batch} x {context:,} tokens fit in {gpu_memory:g} GB; choose a shorter --context, a "
+            "smaller --batch, or --dtype int8"
+        )
+    elif fitting.is_present:
+        typer.echo(f"Recommended: as it is; {fitting.sequences:,} sequences of {context:,} tokens fit")
+    else:
+        typer.echo(
+            f"Recommended: {plural(int(fitting.kv_heads), 'KV head')}, the most with which {batch} x {context:,} "
+            f"tokens fit; the result is a {held_by[fitting.kv_heads].result}"
+        )
+        typer.echo(
+            f"next: groupformer regroup {source or 'SRC'} small --kv-heads {fitting.kv_heads} --calibration TEXT"
+        )

@@ -8,13 +8,21 @@ import typer
 from .shared import (
     TRAIN,
     AsJson,
+    Cost,
     Output,
     Overwrite,
     Resume,
     TrainingDevice,
     TrainingDtype,
     TrainingDtypeOption,
+    check_tokenizer_source,
+    describe_cache,
+    describe_heads,
+    plural,
     print_json,
+    print_outcome,
+    resumable,
+    size_on_disk,
     stdout_for_results,
 )
 
@@ -33,7 +41,10 @@ def pretrain(
     dataset: Annotated[str | None, typer.Option(help="Instead of files, a dataset on the Hub.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read and tokenize while training.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the one that ships.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(callback=check_tokenizer_source, help="Folder, GGUF or Hub id. Default: the one that ships."),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per device in one forward pass.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate of the cosine.")] = None,
@@ -48,8 +59,12 @@ def pretrain(
 
     Example: groupformer pretrain recipes/reference.yaml --train-file 'books/*.parquet' --output runs/reference
     """
+    from ..conversion.sources import require
+
+    require("datasets", "accelerate", what="pretrain")
     from ..training import pretraining
 
+    cost = Cost()
     plan = pretraining.PretrainRecipe.from_file(
         recipe,
         train_files=train_file,
@@ -65,11 +80,20 @@ def pretrain(
         device=device,
         seed=seed,
     )
-    with stdout_for_results(as_json):
+    with stdout_for_results(as_json), resumable(output):
         results = pretraining.pretrain(plan, output, resume=resume, overwrite=overwrite)
     if as_json:
         print_json(results)
         return
-    from .tables import print_table
+    from ..conversion.loading import load_config
 
-    print_table("Pre-training", ["figure", "value"], [[name, value] for name, value in results.items()])
+    config = load_config(output)
+    facts = {"seen": f"{results['tokens']:,} tokens in {plural(results['steps'], 'step')}"}
+    if "validation_bits_per_byte" in results:
+        facts["loss"] = f"{results['validation_bits_per_byte']:.4f} bits per byte of validation text"
+    facts |= {"cache": describe_cache(config), "size": size_on_disk(output), "took": str(cost)}
+    print_outcome(
+        f"{output}: {(config.architectures or [type(config).__name__])[0]}, {describe_heads(config)}",
+        facts,
+        [f'groupformer generate {output} "The river"', f"groupformer eval {output} --file TEXT"],
+    )

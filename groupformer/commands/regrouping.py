@@ -30,6 +30,7 @@ from .shared import (
     describe_heads,
     print_json,
     print_outcome,
+    resumable,
     size_on_disk,
     stdout_for_results,
 )
@@ -188,6 +189,7 @@ def uptrain(
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters, merged at the end.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     attention_only: Annotated[bool, typer.Option("--attention-only", help="Train the attention alone.")] = False,
+    tokenizer: Tokenizer = None,
     text_column: TextColumn = "text",
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a packed row.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per device in one forward pass.")] = 8,
@@ -198,14 +200,22 @@ def uptrain(
     seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the last ones, to --resume later with more tokens.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Win back what a merge lost: train a regrouped model on text, distilling from the original.
 
     Example: groupformer uptrain small --teacher big --data 'books/*.parquet' --tokens 1000000 --output runs/uptrain
     """
+    from ..conversion.sources import require
+
+    require("datasets", "accelerate", what="uptrain")
+    from ..conversion.loading import load_config
     from ..training import uptraining
 
+    cost = Cost()
     recipe = uptraining.UptrainRecipe(
         model=source,
         teacher=teacher,
@@ -218,6 +228,7 @@ def uptrain(
         lora=lora,
         lora_rank=lora_rank,
         attention_only=attention_only,
+        tokenizer=tokenizer,
         text_column=text_column,
         row_length=row_length,
         batch_size=batch_size,
@@ -227,8 +238,10 @@ def uptrain(
         device=device,
         seed=seed,
     )
-    with stdout_for_results(as_json):
-        results = uptraining.uptrain(recipe, output, resume=resume, overwrite=overwrite)
+    with stdout_for_results(as_json), resumable(output):
+        results = uptraining.uptrain(
+            recipe, output, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints
+        )
     if as_json:
         print_json(results)
         return
@@ -237,4 +250,17 @@ def uptrain(
     curve: list[list[Any]] = [list(point.values()) for point in results["curve"]]
     if "original" in results:
         curve.append(["original", *results["original"].values()])
-    print_table(f"Uptraining, saved to {output}", ["tokens", "validation loss", "bits per byte"], curve)
+    print_table(f"Uptraining of {source}", ["tokens", "validation loss", "bits per byte"], curve)
+    config = load_config(output)
+    first, last = results["curve"][0], results["curve"][-1]
+    facts = {
+        "loss": f"{first['bits_per_byte']:.4f} -> {last['bits_per_byte']:.4f} bits per byte of validation text",
+        "cache": describe_cache(config),
+        "size": size_on_disk(output),
+        "took": cost,
+    }
+    print_outcome(
+        f"{output}: {(config.architectures or [type(config).__name__])[0]}, {describe_heads(config)}",
+        facts,
+        [f"groupformer eval {output} --file TEXT", f"groupformer bench {teacher or source} {output}"],
+    )

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..conversion.sources import check_source, check_tokenizer_source
 
 
 LOOK, TRAIN, CONVERT, RUN = "Look", "Train and measure", "Convert and regroup", "Run and share"
@@ -38,29 +40,11 @@ class TrainingDtype(str, Enum):
         return None if self is TrainingDtype.auto else self is TrainingDtype.bfloat16
 
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-NOT_HERE: list[str] = []  # sources that are no folders: what an error of the Hub is about
+checkpoint = check_source
 
-
-def checkpoint(source: str | None) -> str | None:
-    """A source as it is given; refused where it can be neither a folder nor a Hub id.
-
-    Raises:
-        ValueError: no file or folder, and no name of a repository; or a folder without a config.
-    """
-    if source is None:
-        return None
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"{source} holds no config.json; give the folder of a checkpoint")
-    if not path.exists():
-        if not HUB_ID.fullmatch(source):
-            raise ValueError(f"{source} is not there, and is no Hub id (USER/NAME) either; check the path")
-        NOT_HERE.append(source)
-    return source
-
-
-Source = Annotated[str, typer.Argument(metavar="SRC", callback=checkpoint, help="Folder or Hub id.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", callback=checkpoint, help="Folder, GGUF file, PEFT adapter or Hub id.")
+]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="What to write; it appears when it is whole.")]
 ReplaceTarget = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
 ShardSize = Annotated[float, typer.Option(min=0.001, help="Largest file of weights to write, in GB (1e9 bytes).")]
@@ -69,7 +53,10 @@ Output = Annotated[Path, typer.Option(help="Folder of checkpoints and of the fin
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")]
 TextColumn = Annotated[str, typer.Option(help="The column with the text.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the model's.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(callback=check_tokenizer_source, help="Folder, GGUF file or Hub id. Default: the model's."),
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto keeps the checkpoint's.")]
@@ -80,6 +67,31 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Def
 TrainingDevice = Annotated[
     str | None, typer.Option(help="cpu, or the kind of accelerator there is. Default: the best there is.")
 ]
+
+
+class TrainingInterruptedError(Exception):
+    """Ctrl-C with something to say about it; `main` prints it, and exits with this code."""
+
+    exit_code = 130
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Ctrl-C in a training run: says how to go on, where a checkpoint was saved; else nothing is left behind."""
+    existed = output.exists()
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ..training.run import last_checkpoint
+
+        checkpoint = last_checkpoint(output) if output.is_dir() else None
+        if checkpoint is not None:
+            raise TrainingInterruptedError(
+                f"interrupted; {checkpoint} is saved: type the same line with --resume to go on"
+            ) from None
+        if not existed:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
 
 
 class Cost:

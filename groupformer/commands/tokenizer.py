@@ -28,10 +28,12 @@ def train(
 
     Example: groupformer tokenizer train --prose 'textbooks/train-*.parquet' --code code/train.parquet --output tok
     """
+    from ..conversion.sources import require
     from ..training.data import read_column
     from ..training.run import prepare_output
     from ..training.tokenizer import train_tokenizer
 
+    require("datasets", what="tokenizer train")
     texts = read_column(prose, text_column)
     sources = read_column(code, text_column) if code else []
     prepare_output(output, resume=False, overwrite=overwrite)
@@ -52,17 +54,18 @@ def evaluate(
 
     Example: groupformer tokenizer eval textbooks/test-*.parquet --baseline path/to/gpt2
     """
-    from transformers import AutoTokenizer
-
     from .. import GroupFormerTokenizer
+    from ..conversion.loading import load_tokenizer
+    from ..conversion.sources import require
     from ..training.data import read_column
     from ..training.tokenizer import evaluate_tokenizer
 
+    require("datasets", what="tokenizer eval")
+    chosen = load_tokenizer(tokenizer, tokenizer) if tokenizer else GroupFormerTokenizer()
     texts = {name: read_column([name], text_column) for name in file}
-    chosen = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else GroupFormerTokenizer()
     rows = evaluate_tokenizer(chosen, texts)
     if baseline is not None:
-        for name, row in evaluate_tokenizer(AutoTokenizer.from_pretrained(baseline), texts).items():
+        for name, row in evaluate_tokenizer(load_tokenizer(baseline, baseline), texts).items():
             rows[name]["ratio_to_baseline"] = rows[name]["bytes_per_token"] / row["bytes_per_token"]
     if as_json:
         print_json(rows)

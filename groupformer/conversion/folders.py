@@ -6,14 +6,16 @@ fails nothing is left behind.
 
 import json
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -24,10 +26,14 @@ from ..model import tokenization_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import BinSource, SafetensorsSource, Source, open_checkpoint
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
+from .loading import errors_only, load_checked, load_tokenizer
 from .shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
+from .sources import check_on_hub, check_source, first_line, is_adapter, is_gguf
 from .token_limit import with_token_limit
 from .weights import Group
 
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What travels along as it is: tokenizers, chat templates, generation configs, licences.
 COMPANIONS = (
@@ -55,10 +61,10 @@ def local_folder(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ValueError(f"{source} is not a folder")
+    check_source(source)
+    check_on_hub(source)
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
     try:
@@ -68,8 +74,46 @@ def local_folder(source: str) -> Path:
         if files and not any(file.endswith(".safetensors") for file in files):
             wanted += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{source} is neither a folder nor a Hub repository that can be reached: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{source} cannot be downloaded from the Hub: {first_line(error)}") from error
+
+
+@contextmanager
+def opened_folder(source: str | Path) -> Iterator[Path]:
+    """A checkpoint as a folder of plain weights, for what streams from folder to folder.
+
+    A folder is taken as it is, and a Hub repository's local copy. A GGUF file (dequantized, in float32) and an adapter
+    folder (merged into the model that it adapts) are loaded whole, and written to a folder that is removed at the end.
+
+    Raises:
+        ValueError: see `load_checked`; or an adapter of a kind that cannot be merged.
+    """
+    if not is_gguf(source) and not is_adapter(source):
+        yield local_folder(str(source))
+        return
+    model = load_checked(AutoModelForCausalLM, source, dtype=torch.float32 if is_gguf(source) else "auto")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{source} is an adapter that cannot be merged ({type(model).__name__}); use its base model")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with errors_only():
+            model.save_pretrained(folder)
+        del model
+        with suppress(ValueError):  # a file without a tokenizer is none that has a broken one
+            load_tokenizer(source).save_pretrained(folder)
+        yield folder
+
+
+def from_opened_folder(function: Function) -> Function:
+    """Decorates what goes from folder to folder, `function(source, target, ...)`, to take any source as a folder."""
+
+    @wraps(function)
+    def opening(source: str | Path, target: str | Path, *args: Any, overwrite: bool = False, **options: Any) -> Any:
+        refuse_target(Path(source).expanduser(), Path(target).expanduser(), overwrite)
+        with opened_folder(source) as folder:
+            return function(folder, target, *args, overwrite=overwrite, **options)
+
+    return opening  # type: ignore[return-value]
 
 
 def read_json(path: Path) -> dict:
@@ -105,6 +149,7 @@ def class_name_of(config: PreTrainedConfig) -> str | None:
 # The two directions --------------------------------------------------------------------------------------------------
 
 
+@from_opened_folder
 def import_folder(
     source: str | Path,
     target: str | Path,
@@ -116,7 +161,8 @@ def import_folder(
     """A native checkpoint folder (or Hub id) to a GroupFormer folder that loads with `from_pretrained`.
 
     Args:
-        source: Folder or Hub id; safetensors, sharded or not, or legacy `.bin`.
+        source: Folder (safetensors, sharded or not, or legacy `.bin`), GGUF file, adapter folder or Hub id; see
+            `opened_folder`.
         target: Folder to write. Must not exist, unless `overwrite`.
         overwrite: Whether to replace an existing target, once the new one is whole.
         max_shard_bytes: Largest shard to write, in bytes; a larger tensor gets a shard of its own.
@@ -128,8 +174,7 @@ def import_folder(
     Raises:
         ValueError: anything that cannot be converted exactly, or a broken file, by name. Nothing is written then.
     """
-    source_folder, target_folder = local_folder(str(source)), Path(target).expanduser()
-    refuse_target(source_folder, target_folder, overwrite)
+    source_folder, target_folder = Path(source), Path(target).expanduser()
     native_config = read_native_config(source_folder)
     conversion = plan_import(native_config, class_name_of(native_config))
     conversion.our_config.architectures = [conversion.model_class.__name__]
@@ -146,6 +191,7 @@ def import_folder(
     return conversion
 
 
+@from_opened_folder
 def export_folder(
     source: str | Path,
     target: str | Path,
@@ -160,11 +206,10 @@ def export_folder(
     Args:
         family: Transformers' model type to export to. Default: the one that the model was imported from.
     """
-    source_folder, target_folder = local_folder(str(source)), Path(target).expanduser()
-    refuse_target(source_folder, target_folder, overwrite)
+    source_folder, target_folder = Path(source), Path(target).expanduser()
     content = read_json(source_folder / "config.json")
     if content.get("model_type") != GroupFormerConfig.model_type:
-        raise ValueError(f"{source_folder} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
+        raise ValueError(f"{source} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
     our_config = GroupFormerConfig.from_pretrained(source_folder)
     conversion = plan_export(our_config, class_name_of(our_config), family)
     conversion.native_config.architectures = [conversion.model_class.__name__]

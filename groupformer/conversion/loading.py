@@ -4,16 +4,18 @@ Transformers fills what a file lacks with fresh random weights and a warning, an
 who build on a model; a command that evaluates, generates or trains must rather stop.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint import open_checkpoint
+from .sources import base_of_adapter, first_line, is_adapter, locate, require
 
 
 def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = False, **options: Any) -> Any:
@@ -21,7 +23,8 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
 
     Args:
         auto_class: An Auto class of transformers, or a model class.
-        source: Folder or Hub id.
+        source: Folder, GGUF file (dequantized) or Hub id. Of an adapter folder, the model that it adapts, with the
+            adapter merged into it where its kind can be.
         fresh_head: Whether the checkpoint may lack what lies outside the base model: a new head.
         options: Of `from_pretrained`.
 
@@ -29,14 +32,20 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
         The model, in eval mode.
 
     Raises:
-        ValueError: a missing, truncated or otherwise broken file; a tensor that is missing, has another shape than the
-            config says, or holds NaN or infinity. The message names file and tensor.
+        ValueError: a source that cannot be loaded; a missing, truncated or otherwise broken file; a tensor that is
+            missing, has another shape than the config says, or holds NaN or infinity. The message names file and
+            tensor.
     """
+    if is_adapter(source):
+        return load_adapted(auto_class, source, fresh_head=fresh_head, **options)
+    location, gguf = locate(source)
     refuse_broken_files(source)
-    with errors_only():
+    with errors_only(), refused_by_library(source):
         model, report = auto_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            location, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **options
         )
+    if gguf:
+        forget_quantization(model)
     base = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if not fresh_head or name.startswith(base))
     if missing:
@@ -49,15 +58,68 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
     return model
 
 
+def forget_quantization(model: Any) -> None:
+    """Makes a dequantized model a plain one, which can be saved and moved: its weights are floats already."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+
+
+def load_adapted(auto_class: Any, source: str | Path, **options: Any) -> Any:
+    """The model that an adapter folder adapts, with the adapter; merged where its kind can be merged."""
+    require("peft", what=f"the adapter in {source}")
+    from peft import PeftModel
+
+    model = load_checked(auto_class, base_of_adapter(source), **options)
+    with refused_by_library(source):
+        adapted: Any = PeftModel.from_pretrained(model, str(source))
+    if hasattr(adapted.base_model, "merge_and_unload"):
+        adapted = adapted.merge_and_unload()
+    refuse_non_finite(adapted, source)
+    return adapted.eval()
+
+
+def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
+    """The config of a folder, GGUF file or Hub id, or of the model that an adapter folder adapts.
+
+    Args:
+        source: As in `load_checked`; no weights are read.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: no config, or one that transformers does not know.
+    """
+    if is_adapter(source):
+        return load_config(base_of_adapter(source), **options)
+    location, gguf = locate(source)
+    with errors_only(), refused_by_library(source):
+        return AutoConfig.from_pretrained(location, **gguf, **options)
+
+
+@contextmanager
+def refused_by_library(source: str | Path) -> Iterator[None]:
+    """Names the source in errors of transformers and the Hub, and leaves advice for other users out."""
+    try:
+        yield
+    except (OSError, KeyError, ImportError) as error:
+        raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Keeps transformers' table of missing and odd weights quiet: what matters in it is raised as an error."""
-    level = logging.get_verbosity()
+    """Keeps transformers' notes quiet, since what matters in them is raised as an error; and bars out of log files."""
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def refuse_broken_files(source: str | Path) -> None:
@@ -117,13 +179,19 @@ def load_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> A
     """
     chosen = source if tokenizer is None else tokenizer
     remedy = "pass --tokenizer FOLDER with the model's own tokenizer" if tokenizer is None else "choose another one"
-    if Path(chosen).is_dir() and not has_tokenizer(chosen):
-        raise ValueError(f"{chosen} has no tokenizer (no tokenizer.json or tokenizer.model); {remedy}")
+    if is_adapter(chosen) and not has_tokenizer(chosen):
+        return load_tokenizer(base_of_adapter(chosen))
+    if Path(chosen).is_dir():
+        if not has_tokenizer(chosen):
+            raise ValueError(f"{chosen} has no tokenizer (no tokenizer.json or tokenizer.model); {remedy}")
+        location, gguf = str(chosen), dict[str, Any]()
+    else:
+        location, gguf = locate(chosen)
     try:
-        loaded = AutoTokenizer.from_pretrained(chosen)
+        with errors_only():
+            loaded = AutoTokenizer.from_pretrained(location, **gguf)
     except Exception as error:  # the library `tokenizers` raises no narrower class for a file that it cannot read
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the tokenizer of {chosen} cannot be loaded ({reason.strip()}); {remedy}") from error
+        raise ValueError(f"the tokenizer of {chosen} cannot be loaded ({first_line(error)}); {remedy}") from error
     ordinary = set(loaded.get_vocab().values()) - set(loaded.all_special_ids)
     if len(ordinary) < 2:
         count = f"{len(ordinary)} token{'' if len(ordinary) == 1 else 's'}"

@@ -44,6 +44,14 @@ class LayerCache:
         return 2 * self.kv_heads * self.head_dim * kept
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Tokens of a sequence that a decoder was made for; None where its positions have no limit (ALiBi, none)."""
+    text_config = config.get_text_config(decoder=True)
+    if getattr(text_config, "position_embedding_type", None) in ("alibi", "none"):
+        return None
+    return getattr(text_config, "max_position_embeddings", None)
+
+
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> int:
     """Bytes that one more token takes in the KV cache of a decoder, while no window is full.
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+
+from ..conversion.loading import best_device, check_token_ids, load_checked, load_tokenizer
+from .cache import positions_of
 
 
 DEFAULT_WINDOW = 1024
@@ -127,12 +131,13 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size ({batch_size}) must be at least 1")
     counted = {"tokens": 0, "bytes": 0, "documents": 0}
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
 
     def all_windows() -> Iterator[Window]:
         for text in texts:
             input_ids, given, size = read_document(tokenizer, text) if text else ([], 1, 0)
             if len(input_ids) > given and size:
-                refuse_large_ids(input_ids, model.config)
+                check_token_ids(input_ids, tokenizer, "the text", vocab_size)
                 counted["documents"] += 1
                 counted["bytes"] += size
                 yield from windows_of(input_ids, window, stride, given)
@@ -151,7 +156,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if not counted["tokens"]:
-        raise ValueError("texts hold nothing to score; give at least one document of two tokens")
+        raise ValueError("the text has nothing to score; give at least one document of two tokens")
     loss = total / counted["tokens"]
     return {
         "bits_per_byte": total / math.log(2) / counted["bytes"],
@@ -163,22 +168,11 @@ def evaluate(
     }
 
 
-def refuse_large_ids(input_ids: list[int], config: Any) -> None:
-    """Refuses token ids that the model has no embedding for."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if size is not None and max(input_ids) >= size:
-        raise ValueError(
-            f"tokenizer gives the token id {max(input_ids)}, but the model's vocab_size is {size}; "
-            "use the model's own tokenizer"
-        )
-
-
 def checked_window(config: Any, window: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride with their defaults, after refusing what the model cannot do."""
     if getattr(config, "is_causal", True) is False:
         raise ValueError("is_causal (False) lets the model see the tokens it is to predict; evaluate a causal model")
-    text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if window is None:
         window = min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
     if window < 2 or (positions is not None and window > positions):
@@ -203,17 +197,14 @@ def evaluate_checkpoint(
     """`evaluate` for a folder or Hub id, with its own tokenizer unless another is named.
 
     Args:
-        source: Folder or Hub id of any causal language model.
+        source: Folder, GGUF file, adapter folder or Hub id of any causal language model.
         texts: Documents.
-        tokenizer: Folder or Hub id.
+        tokenizer: Folder or Hub id of another tokenizer.
         device: Default: the accelerator, if there is one.
         dtype: Of the weights; "auto" keeps the checkpoint's.
         options: As in `evaluate`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..conversion.loading import best_device, load_checked
-
     device = best_device(device)
+    chosen = load_tokenizer(source, tokenizer)  # refused before weights are read
     model = load_checked(AutoModelForCausalLM, source, dtype=dtype).to(device)
-    return evaluate(model, AutoTokenizer.from_pretrained(tokenizer or source), texts, **options)
+    return evaluate(model, chosen, texts, **options)

@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..conversion.counts import possible_counts, with_kv_heads
-from .cache import decoder_of, layer_caches
+from ..conversion.loading import load_config as read_config
+from ..conversion.loading import refused_by_library
+from .cache import decoder_of, layer_caches, positions_of
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
@@ -73,8 +75,9 @@ def load_config(source: str | Path | None, config_file: Path | None = None) -> P
         assert config_file is not None
         if not config_file.is_file():
             raise ValueError(f"config ({config_file}) is not a file; give the path of a config.json")
-        return AutoConfig.from_pretrained(config_file)
-    return AutoConfig.from_pretrained(source)
+        with refused_by_library(config_file):
+            return AutoConfig.from_pretrained(config_file)
+    return read_config(source)
 
 
 def parameter_counts(config: PreTrainedConfig) -> tuple[int, int]:
@@ -112,6 +115,38 @@ def plan(config: PreTrainedConfig, context: int, batch: int, hardware: Hardware)
     order = sorted(models, key=lambda count: -sum(layer.kv_heads for layer in layer_caches(models[count])))
     numbers = sum(layer.numbers(context) for layer in present)
     return [row(models[count], count, count == label, context, batch, hardware, numbers) for count in order]
+
+
+DEFAULT_CONTEXT = 4096
+
+
+def check_context(config: PreTrainedConfig, context: int | None) -> int:
+    """The tokens of a sequence that are planned for. Default: 4096, or the model's positions where it has fewer.
+
+    Raises:
+        ValueError: more than the model has positions.
+    """
+    limit = positions_of(decoder_of(config))
+    if context is None:
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit is not None and context > limit:
+        raise ValueError(f"--context ({context:,}) exceeds the model's {limit:,} positions; choose at most {limit:,}")
+    return context
+
+
+def recommend(plans: list[Plan], batch: int) -> Plan | None:
+    """The row with the most KV heads, at most the present ones, that regroup can reach and that fits the batch.
+
+    `None` where none does.
+    """
+    (present,) = [each for each in plans if each.is_present]
+    now = present.kv_heads
+    reachable = [
+        each
+        for each in plans
+        if each.is_present or (each.share < 1 and (not isinstance(now, int) or now % int(each.kv_heads) == 0))
+    ]
+    return next((each for each in reachable if each.sequences >= batch), None)
 
 
 def row(

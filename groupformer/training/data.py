@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..conversion.sources import require
+
 
 DOCUMENTS = {"sample_by": "document"}  # a text file is one row
 BUILDERS = {
@@ -27,6 +29,7 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
     Raises:
         ValueError: no file, a path or pattern that matches nothing, an unknown or mixed kind, or an empty file.
     """
+    require("datasets", what="reading data files")
     from datasets import load_dataset
 
     paths = expand(files)
@@ -146,6 +149,12 @@ def collate_flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
     let documents see each other. The other backends read them from every row of a batch.
     """
     return {name: values.reshape(1, -1) for name, values in collate_rows(rows).items()}
+
+
+def all_ids(rows: Any) -> Iterator[int]:
+    """The token ids that occur in tokenized rows, some of them more than once."""
+    for batch in rows.iter(1000):
+        yield from {token for row in batch["input_ids"] for token in row}
 
 
 def tokenize_and_pack(dataset: Any, tokenizer: Any, row_length: int, column: str = "text") -> Any:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerTokenizer
-from ..conversion.loading import load_checked
+from ..conversion.loading import check_token_ids, load_checked, load_config, load_tokenizer
+from ..conversion.sources import check_on_hub, check_source, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
-from .data import expand, load_files, require_column
+from .data import all_ids, expand, load_files, require_column
 from .pretraining import packed_collator
-from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
+from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train
 from .run import LengthGroupedTrainer, SaveOnInterrupt, last_checkpoint, prepare_output
 from .tasks import TASKS
 
@@ -89,22 +90,23 @@ class FinetuneRecipe:
                 "lora (True) saves the adapter alone, and its fresh base would be lost; give model or merge"
             )
         if self.model is not None and self.config:
-            raise ValueError("config is for fresh models, but model is given; leave one of the two out")
+            raise ValueError("--config is for fresh models, but --model is given; leave one of the two out")
         check_recipe(self, RANGES)
         hardware_arguments(self.device, self.bf16)
         for name in ("epochs", "learning_rate"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} (0.0) must be above 0, or nothing is learnt")
         check_model_fields(self.config)
-        check_source("model", self.model)
-        check_source("tokenizer", self.tokenizer)
+        check_source(self.model)
+        check_tokenizer_source(self.tokenizer)
 
 
 def load_splits(recipe: FinetuneRecipe) -> dict[str, Any]:
     """The raw rows of train and, where given, validation and test."""
     if bool(recipe.train_files) == (recipe.dataset is not None):
-        raise ValueError("give either train files or a dataset, and not both")
+        raise ValueError("train_files or dataset must be given, and not both: pass --train-file, or --dataset")
     if recipe.dataset is not None:
+        check_on_hub(recipe.dataset, "dataset")
         from datasets import load_dataset
 
         splits = pick_train(load_dataset(recipe.dataset), recipe.dataset)
@@ -135,14 +137,17 @@ def find_column(dataset: Any, wanted: str | None, known: tuple[str, ...], what: 
         return wanted
     found = [name for name in known if name in dataset.column_names]
     if not found:
-        raise ValueError(f"{what} (None) matches no column of the data; choose from {', '.join(dataset.column_names)}")
+        raise ValueError(
+            f"the data has no column named {' or '.join(known)}; pass {what} with one of: "
+            f"{', '.join(dataset.column_names)}"
+        )
     return found[0]
 
 
-def load_tokenizer(recipe: FinetuneRecipe) -> Any:
+def load_padding_tokenizer(recipe: FinetuneRecipe) -> Any:
     """The tokenizer, with a pad token."""
-    source = recipe.tokenizer or recipe.model
-    tokenizer = GroupFormerTokenizer() if source is None else AutoTokenizer.from_pretrained(source)
+    fresh = recipe.model is None and recipe.tokenizer is None
+    tokenizer = GroupFormerTokenizer() if fresh else load_tokenizer(str(recipe.model), recipe.tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -160,9 +165,9 @@ def load_model(recipe: FinetuneRecipe, task: Any, tokenizer: Any) -> Any:
         tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = GroupFormerConfig(**{"vocab_size": len(tokenizer), **tokens, **options, **recipe.config})
         return task.auto_class.from_config(config)
-    config = AutoConfig.from_pretrained(recipe.model, **options)
+    native = load_config(recipe.model, **options)
     fresh_head = recipe.task != "causal-lm"
-    return load_checked(task.auto_class, recipe.model, fresh_head=fresh_head, config=config, dtype=torch.float32)
+    return load_checked(task.auto_class, recipe.model, fresh_head=fresh_head, config=native, dtype=torch.float32)
 
 
 def check_lengths(model: Any, rows: dict[str, Any]) -> None:
@@ -237,10 +242,12 @@ def finetune(
         ValueError: a recipe or data that cannot be trained on, or an output folder that is not empty.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
+    metrics = () if recipe.task == "causal-lm" else ("sklearn", "seqeval")
+    require("datasets", "accelerate", *metrics, *(("peft",) if recipe.lora else ()), what="fine-tuning")
     output = Path(output)
     set_seed(recipe.seed)
     splits = load_splits(recipe)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_padding_tokenizer(recipe)
     task = build_task(recipe, splits, tokenizer)
     rows = encode(task, hold_out(splits, recipe.seed))
     model = load_model(recipe, task, tokenizer)
@@ -291,10 +298,10 @@ def build_task(recipe: FinetuneRecipe, splits: dict[str, Any], tokenizer: Any) -
         ValueError: a column that is not there, in any split.
     """
     task_class = TASKS[recipe.task]
-    text_column = find_column(splits["train"], recipe.text_column, task_class.text_columns, "text_column")
+    text_column = find_column(splits["train"], recipe.text_column, task_class.text_columns, "--text-column")
     label_column = ""
     if task_class.label_columns:
-        label_column = find_column(splits["train"], recipe.label_column, task_class.label_columns, "label_column")
+        label_column = find_column(splits["train"], recipe.label_column, task_class.label_columns, "--label-column")
     for split in splits.values():
         for column in filter(None, (text_column, label_column)):
             require_column(split, column)
@@ -312,7 +319,10 @@ def encode(task: Any, splits: dict[str, Any]) -> dict[str, Any]:
     rows = {name: task.encode(split, name) for name, split in splits.items()}
     for name, split in rows.items():
         if not len(split):
-            raise ValueError(f"{name} has no rows after tokenizing; give more text, or a smaller max_length")
+            raise ValueError(
+                f"the {name} text fills no row after tokenizing; give more text, or a smaller --max-length"
+            )
+        check_token_ids(all_ids(split), task.tokenizer, f"the {name} text")
     return rows
 
 

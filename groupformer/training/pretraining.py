@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
+from ..conversion.loading import check_token_ids, load_tokenizer
+from ..conversion.sources import check_on_hub, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
-from .data import collate_flat, collate_rows, expand, load_files, tokenize_and_pack
-from .recipes import check_model_fields, check_recipe, check_source, hardware_arguments, pick_train
+from .data import all_ids, collate_flat, collate_rows, expand, load_files, tokenize_and_pack
+from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output
 
 
@@ -77,7 +78,7 @@ class PretrainRecipe:
         check_recipe(self, RANGES)
         hardware_arguments(self.device, self.bf16)
         check_model_fields(self.model)
-        check_source("tokenizer", self.tokenizer)
+        check_tokenizer_source(self.tokenizer)
         if self.learning_rate == 0:
             raise ValueError("learning_rate (0.0) must be above 0, or nothing is learnt")
 
@@ -92,6 +93,9 @@ class PretrainRecipe:
         if path is not None:
             if not Path(path).is_file():
                 raise ValueError(f"recipe ({path}) is not there; check the path")
+            require("yaml", what="a recipe file")
+            import yaml
+
             try:
                 fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             except yaml.YAMLError as error:
@@ -134,8 +138,9 @@ def build_model(recipe: PretrainRecipe, tokenizer: Any) -> GroupFormerForCausalL
 def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     """Packed training and validation rows; validation may be `None`."""
     if bool(recipe.train_files) == (recipe.dataset is not None):
-        raise ValueError("give either train_files or dataset, and not both")
+        raise ValueError("train_files or dataset must be given, and not both: pass --train-file, or --dataset")
     if recipe.dataset is not None:
+        check_on_hub(recipe.dataset, "dataset")
         from datasets import load_dataset
 
         splits = pick_train(load_dataset(recipe.dataset, streaming=recipe.streaming), recipe.dataset)
@@ -152,6 +157,8 @@ def load_splits(recipe: PretrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
             raise ValueError(
                 f"row_length ({recipe.row_length}) is longer than all the {name} text; choose a shorter row"
             )
+        if hasattr(split, "__len__"):
+            check_token_ids(all_ids(split), tokenizer, f"the {name} text")
     return rows[0], rows[1]
 
 
@@ -230,9 +237,10 @@ def pretrain(
         ValueError: a recipe that cannot be run, or an output folder that is not empty.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
+    require("datasets", "accelerate", what="pre-training")
     output = Path(output)
     set_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
     model = build_model(recipe, tokenizer)
     train_rows, validation_rows = load_splits(recipe, tokenizer)
     limit_tokenizer(tokenizer, model.config, fresh=True)

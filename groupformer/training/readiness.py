@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..conversion.folders import read_json
+from ..conversion.loading import has_tokenizer, load_tokenizer
 from ..families.registry import is_groupformer
 
 
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]  # what regrouping changed, and what adapters train
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Largest change of a document's logits, as a share of the largest, that is still rounding.
 ROUNDING = 1e-4
 SETTINGS = "recipe.json"  # in the output folder: what its checkpoints fit
@@ -100,11 +99,11 @@ def refuse_other_vocabulary(teacher: str, tokenizer: Any) -> None:
     Raises:
         ValueError: such a tokenizer; the message names a token and both ids.
     """
-    if not any((Path(teacher) / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(teacher):
         return
     try:
-        taught = AutoTokenizer.from_pretrained(teacher).get_vocab()
-    except (OSError, ValueError, ImportError, KeyError):  # not needed to train, so no reason to stop
+        taught = load_tokenizer(teacher).get_vocab()
+    except ValueError:  # not needed to train, so no reason to stop
         return
     own = tokenizer.get_vocab()
     other = [token for token in own if taught.get(token, own[token]) != own[token]]

@@ -88,22 +88,3 @@ def pick_train(splits: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     if "train" not in splits:
         raise ValueError(f"dataset ({dataset}) has no split 'train', only {', '.join(splits)}; choose another one")
     return dict(splits)
-
-
-def check_source(name: str, source: str | None) -> None:
-    """Refuses what is neither a folder that is there nor a name on the Hub.
-
-    Raises:
-        ValueError: such a source.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if source is None or Path(source).is_dir():
-        return
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise ValueError(
-            f"{name} ({source}) is not there; give a folder of a checkpoint, or a name on the Hub"
-        ) from None

@@ -62,6 +62,25 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 
 
+def remove_checkpoints(output: Path) -> None:
+    """Removes what only a run that goes on needs: float32 weights and the optimizer's state, six times the result."""
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def check_resumable(output: Path) -> None:
+    """Refuses to resume a run that is finished, and whose checkpoints are gone.
+
+    Raises:
+        ValueError: such an output.
+    """
+    if (output / "results.json").exists() and last_checkpoint(output) is None:
+        raise ValueError(
+            f"output ({output}) holds a finished run without checkpoints, so there is nothing to resume; train its "
+            "model further in another --output, or pass --keep-checkpoints before"
+        )
+
+
 def is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -14,6 +14,9 @@ from ..folders import read_json
 # Kinds of tokens, as llama.cpp numbers them.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
+# Llama.cpp stops at any of these.
+END_TOKENS = ("eos", "eot", "eom")
+
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,11 +60,16 @@ def tokenizer_metadata(folder: Path, config: GroupFormerConfig) -> dict[str, Any
     content = read_json(folder / "tokenizer.json")
     model = content["model"]
     steps = splitting_of(content.get("pre_tokenizer"))
-    if model.get("type") != "BPE" or model.get("byte_fallback") or content.get("normalizer") or steps not in SPLITS:
-        raise ValueError(
-            f"the tokenizer in {folder} ({model.get('type')}, split by {', '.join(steps) or 'nothing'}) is not one of "
-            f"the byte-level BPEs that llama.cpp knows; {hint}"
-        )
+    normalizer = content.get("normalizer")
+    for is_wrong, what in (
+        (model.get("type") != "BPE" or model.get("byte_fallback"), f"its model is {model.get('type')}"),
+        (normalizer and not is_composing(normalizer), f"its normalizer is {normalizer}"),
+        (steps not in SPLITS, f"it splits text by {', '.join(steps) or 'nothing'}"),
+    ):
+        if is_wrong:
+            raise ValueError(
+                f"the tokenizer in {folder} is not one of the byte-level BPEs that llama.cpp knows: {what}; {hint}"
+            )
     tokens, types = token_list(content, config.vocab_size)
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
@@ -71,12 +79,39 @@ def tokenizer_metadata(folder: Path, config: GroupFormerConfig) -> dict[str, Any
         "tokenizer.ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
         "tokenizer.ggml.add_bos_token": adds_begin_token(content),
     }
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, (list, tuple)) else config.eos_token_id
-    for name, value in (("bos", config.bos_token_id), ("eos", eos), ("padding", config.pad_token_id)):
+    ends = dict(zip(END_TOKENS, end_token_ids(folder, config)))
+    for name, value in {"bos": config.bos_token_id, **ends, "padding": config.pad_token_id}.items():
         if value is not None:
             metadata[f"tokenizer.ggml.{name}_token_id"] = value
     template = read_template(folder)
     return {**metadata, "tokenizer.chat_template": template} if template else metadata
+
+
+def is_composing(normalizer: dict[str, Any]) -> bool:
+    """Whether a normalizer only composes characters (Qwen 2).
+
+    Llama.cpp has none, and its own converter passes this one over: text that is composed already, as nearly all text
+    is, gets the same tokens.
+    """
+    steps = normalizer.get("normalizers", [normalizer])
+    return all(step.get("type") == "NFC" for step in steps)
+
+
+def end_token_ids(folder: Path, config: GroupFormerConfig) -> list[int]:
+    """All tokens that end a generation: those of generation_config.json, or of the config.
+
+    Raises:
+        ValueError: more than llama.cpp has names for.
+    """
+    path = folder / "generation_config.json"
+    ids = (read_json(path).get("eos_token_id") if path.exists() else None) or config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if len(ids) > len(END_TOKENS):
+        raise ValueError(
+            f"eos_token_id ({ids}) names {len(ids)} tokens, but GGUF holds at most {len(END_TOKENS)}; leave the "
+            "others out of generation_config.json"
+        )
+    return ids
 
 
 def token_list(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:

@@ -1,0 +1,293 @@
+"""Every command with everything that can be wrong about its input: one line that says why, and nothing left behind.
+
+Commands run in this process, but Ctrl-C, which needs one of its own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from groupformer import GroupFormerTokenizer
+from groupformer.commands.main import app, in_one_line
+from groupformer.conversion import import_folder
+from groupformer.conversion.gguf.writer import export_gguf
+from groupformer.conversion.sources import check_on_hub
+
+
+TEXT = "The river is wide, and the ferry is slow. " * 60
+ROWS = 4  # of a text file: fine-tuning holds some out
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A Llama with its tokenizer, without one, with one of few words, as an adapter and as GGUF; and texts."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=16384, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "head_dim": 8})
+    config.update({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    model = LlamaForCausalLM(config)
+    for name in ("whole", "bare", "few"):
+        model.save_pretrained(folder / name)
+    GroupFormerTokenizer().save_pretrained(folder / "whole")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1, "bank": 2, "boat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder / "few")
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder / "whole"), LoraConfig(task_type="CAUSAL_LM", r=2)
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "whole")
+    adapted.save_pretrained(folder / "adapter")
+    import_folder(folder / "whole", folder / "ours")
+    export_gguf(folder / "ours", folder / "model.gguf", tokenizer=False)
+    (folder / "empty.txt").write_text("")
+    for name, text in (("text", TEXT), ("other", "zzz qqq www " * 60)):
+        (folder / f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * ROWS)
+    return folder
+
+
+def prompt_of(file):
+    """The beginning of a file's first row."""
+    text = Path(file).read_text()
+    return json.loads(text.splitlines()[0])["text"][:200] if text else text
+
+
+# Every command that reads text: the words after the command, for a model, a text and an output.
+WITH_TEXT = {
+    "generate": lambda model, text, out: [model, prompt_of(text)],
+    "eval": lambda model, text, out: [model, "--file", text],
+    "regroup": lambda model, text, out: [model, out, "--kv-heads", "2", "--calibration", text],
+    "uptrain": lambda model, text, out: [
+        model,
+        "--teacher",
+        model,
+        "--data",
+        text,
+        "--tokens",
+        "64",
+        *SHORT,
+        "--output",
+        out,
+    ],
+    "finetune": lambda model, text, out: [
+        "--task",
+        "causal-lm",
+        "--model",
+        model,
+        "--train-file",
+        text,
+        "--output",
+        out,
+    ],
+    "pretrain": lambda model, text, out: [
+        "--tokenizer",
+        model,
+        "--train-file",
+        text,
+        "--max-steps",
+        "1",
+        "--output",
+        out,
+    ],
+    "tokenizer eval": lambda model, text, out: [text, "--tokenizer", model],
+}
+SHORT = ["--row-length", "16", "--batch-size", "1", "--evaluations", "1"]
+
+# The others that read a checkpoint.
+WITH_MODEL = {
+    "info": lambda model, out: [model],
+    "plan": lambda model, out: [model],
+    "bench": lambda model, out: [model, "--context", "8", "--new-tokens", "2", "--rounds", "1"],
+    "import": lambda model, out: [model, out],
+    "export": lambda model, out: [model, out],
+    "expand": lambda model, out: [model, out, "--kv-heads", "4"],
+    "demo": lambda model, out: ["--model", model, "--output", out],
+    "app": lambda model, out: [model],
+}
+
+
+def run(command, words):
+    return CliRunner().invoke(app, [*command.split(), *map(str, words)])
+
+
+def refused(command, words, out, *parts):
+    """Runs a command that must fail with one line that holds the parts, and leave nothing behind."""
+    done = run(command, words)
+    assert done.exit_code == 1, done.output
+    line = in_one_line(done.exception)
+    assert [part for part in parts if part not in line] == [], line
+    assert isinstance(done.exception, ValueError)
+    assert not out.exists() and not list(out.parent.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("command", WITH_TEXT)
+def test_a_folder_without_a_tokenizer_is_refused(command, sources, tmp_path):
+    words = WITH_TEXT[command](sources / "bare", sources / "text.jsonl", tmp_path / "out")
+    remedy = "choose another one" if command in ("pretrain", "tokenizer eval") else "--tokenizer FOLDER"
+    refused(command, words, tmp_path / "out", "has no tokenizer", remedy)
+
+
+@pytest.mark.parametrize("command", [name for name in WITH_TEXT if name not in ("pretrain", "tokenizer eval")])
+def test_another_tokenizer_stands_in_for_the_one_that_is_missing(command, sources, tmp_path):
+    words = WITH_TEXT[command](sources / "bare", sources / "text.jsonl", tmp_path / "out")
+    short = {"finetune": ["--epochs", "1", "--max-length", "32"], "generate": ["--max-new-tokens", "2"]}
+    done = run(command, [*words, "--tokenizer", sources / "whole", *short.get(command, [])])
+    assert done.exit_code == 0, done.exception
+
+
+@pytest.mark.parametrize("command", WITH_TEXT)
+def test_empty_text_is_refused(command, sources, tmp_path):
+    words = WITH_TEXT[command](sources / "whole", sources / "empty.txt", tmp_path / "out")
+    refused(command, words, tmp_path / "out", "empty")
+
+
+@pytest.mark.parametrize("command", [name for name in WITH_TEXT if name != "tokenizer eval"])
+def test_text_of_unknown_tokens_is_refused(command, sources, tmp_path):
+    words = WITH_TEXT[command](sources / "few", sources / "other.jsonl", tmp_path / "out")
+    words += ["--max-length", "16"] if command == "finetune" else []
+    if command == "pretrain":
+        (tmp_path / "recipe.yaml").write_text("{row_length: 16}")
+        words = [tmp_path / "recipe.yaml", *words]
+    refused(command, words, tmp_path / "out", "only unknown tokens (<unk>)", "--tokenizer FOLDER")
+
+
+MISSING = {
+    **{name: ("datasets", "training") for name in WITH_TEXT if name != "generate"},
+    "app": ("gradio", "app"),
+    "plan": ("matplotlib", "app"),
+}
+
+
+@pytest.mark.parametrize("command", MISSING)
+def test_a_missing_extra_is_named_with_the_line_that_installs_it(command, sources, tmp_path, monkeypatch):
+    module, extra = MISSING[command]
+    monkeypatch.setitem(sys.modules, module, None)
+    if command in WITH_TEXT:
+        words = WITH_TEXT[command](sources / "whole", sources / "text.jsonl", tmp_path / "out")
+    else:
+        words = WITH_MODEL[command](sources / "whole", tmp_path / "out")
+    words += ["--plot", tmp_path / "out"] if command == "plan" else []
+    refused(command, words, tmp_path / "out", module, f'pip install "groupformer[{extra}]"')
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "extra"), [("model.gguf", "gguf", "serving"), ("adapter", "peft", "training")]
+)
+def test_a_missing_reader_of_files_is_named(source, module, extra, sources, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    words = ["generate", sources / source, "The river", "--tokenizer", sources / "whole"]
+    refused(words[0], words[1:], tmp_path / "out", module, f'pip install "groupformer[{extra}]"')
+
+
+@pytest.mark.parametrize("command", [name for name in (*WITH_TEXT, *WITH_MODEL) if name != "app"])
+def test_a_hub_id_without_a_network_is_one_line_at_once(command, sources, tmp_path):
+    if command in WITH_TEXT:
+        words = WITH_TEXT[command]("nobody/nothing", sources / "text.jsonl", tmp_path / "out")
+    else:
+        words = WITH_MODEL[command]("nobody/nothing", tmp_path / "out")
+    started = time.perf_counter()
+    refused(command, words, tmp_path / "out", "nobody/nothing is not there", "HF_HUB_OFFLINE=1 forbids")
+    assert time.perf_counter() - started < 20
+
+
+def test_a_network_that_fails_is_told_after_one_try(monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    tries = []
+
+    def fail(self, repo_id, **options):
+        tries.append(repo_id)
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "repo_info", fail)
+    with pytest.raises(ValueError, match=r"the Hub cannot be reached \(\[Errno -2\].*hf download someone/else"):
+        check_on_hub("someone/else")
+    assert tries == ["someone/else"]
+
+
+# Files that transformers loads whole: they are taken as they are --------------------------------------------------
+
+TAKES_ANY_SOURCE = ["generate", "eval", "regroup", "info", "plan", "bench", "import"]
+
+
+@pytest.mark.parametrize("source", ["adapter", "model.gguf"])
+@pytest.mark.parametrize("command", TAKES_ANY_SOURCE)
+def test_adapters_and_gguf_files_are_taken_like_folders(command, source, sources, tmp_path):
+    if command in WITH_TEXT:
+        words = WITH_TEXT[command](sources / source, sources / "text.jsonl", tmp_path / "out")
+        words += ["--tokenizer", sources / "whole"] if source == "model.gguf" else []
+        words += ["--max-new-tokens", "2"] if command == "generate" else []
+    else:
+        words = WITH_MODEL[command](sources / source, tmp_path / "out")
+    done = run(command, words)
+    assert done.exit_code == 0, done.exception
+    assert (tmp_path / "out").exists() == (command in ("regroup", "import"))
+
+
+@pytest.mark.parametrize("source", ["adapter", "model.gguf"])
+def test_what_is_loaded_from_them_is_what_they_hold(source, sources, tmp_path):
+    from groupformer import import_model
+
+    expected = LlamaForCausalLM.from_pretrained(sources / "whole").eval()
+    ids = torch.arange(5, 25)[None]
+    torch.testing.assert_close(import_model(sources / source)(ids).logits, expected(ids).logits, atol=2e-5, rtol=2e-5)
+
+
+def test_an_adapter_whose_base_is_gone_names_it(sources, tmp_path):
+    config = json.loads((sources / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter").mkdir()
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for base, part in ((None, "names no base model"), (str(tmp_path / "gone"), "which is not there")):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        refused("info", [tmp_path / "adapter"], tmp_path / "out", part, "base_model_name_or_path")
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+def interrupted(arguments, seconds):
+    """The command in a process of its own, with Ctrl-C pressed after some seconds."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, [line for line in errors.splitlines() if "interrupted" in line], errors
+
+
+# Programs that a shell starts in the background ignore Ctrl-C.
+RUN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["groupformer", *sys.argv[1:]]
+from groupformer.commands.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 10])
+@pytest.mark.parametrize("command", ["eval", "regroup", "uptrain", "finetune", "pretrain"])
+def test_ctrl_c_is_one_line_and_leaves_nothing_or_a_checkpoint(command, seconds, sources, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 3000)
+    words = WITH_TEXT[command](sources / "whole", tmp_path / "long.txt", tmp_path / "out")
+    long = {"uptrain": ["--tokens", "9999999"], "pretrain": ["--max-steps", "99999"], "finetune": ["--epochs", "999"]}
+    long["regroup"] = ["--calibration-tokens", "9999999"]
+    code, _, lines, errors = interrupted([command, *words, *long.get(command, [])], seconds)
+    assert code == 130 and len(lines) == 1, errors
+    assert "Traceback" not in errors
+    left = list((tmp_path / "out").glob("checkpoint-*"))
+    assert bool(left) == (tmp_path / "out").exists() and bool(left) == ("--resume" in lines[0])
