@@ -5,6 +5,7 @@ exit code 1, or 2 where the line itself is wrong; with `--debug`, anywhere in th
 Ctrl-C ends with exit code 130.
 """
 
+import re
 import sys
 from typing import Annotated
 
@@ -12,9 +13,10 @@ import typer
 
 from .. import commands
 from ..version import __version__
-from .shared import NOT_HERE
 
 
+# How strict dataclasses begin an error of a config: with the name of a function of ours.
+VALIDATOR = re.compile(r"Class validation error for validator '\w+': (ValueError: )?")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
@@ -80,9 +82,7 @@ def in_one_line(error: Exception) -> str:
         context = getattr(error, "ctx", None)
         return " ".join(f"{message}; see {context.command_path} --help".split()) if context else message
     message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and NOT_HERE and not any(source in message for source in NOT_HERE):
-        return f"{' or '.join(NOT_HERE)} is not there, and the Hub did not help: {message}"
-    return message
+    return VALIDATOR.sub("", message)
 
 
 if __name__ == "__main__":

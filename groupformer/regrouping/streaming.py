@@ -19,11 +19,10 @@ from ..conversion.convert import plan_import
 from ..conversion.folders import (
     class_name_of,
     copy_companions,
+    from_opened_folder,
     import_folder,
-    local_folder,
     read_json,
     read_native_config,
-    refuse_target,
     write_tokenizer_code,
     written_aside,
 )
@@ -53,6 +52,7 @@ Calibration = Callable[[Path, PreTrainedConfig], torch.Tensor]
 NewTensors = Callable[[int], dict[str, torch.Tensor]]
 
 
+@from_opened_folder
 def regroup_folder(
     source: str | Path,
     target: str | Path,
@@ -72,7 +72,8 @@ def regroup_folder(
     """A decoder's folder (or Hub id) to one with fewer key-value heads; see `groupformer.regroup`.
 
     Args:
-        source: Folder or Hub id of a native decoder or of a GroupFormer; safetensors, sharded or not, or `.bin`.
+        source: Folder, GGUF file, adapter folder or Hub id of a native decoder or of a GroupFormer; see
+            `opened_folder`.
         target: Folder to write. Must not exist, unless `overwrite`. Tokenizer and generation config travel along.
         calibration: Token ids, or a function that gives them once the source has been found and checked.
         overwrite: Whether to replace an existing target, once the new one is whole.
@@ -85,8 +86,7 @@ def regroup_folder(
     Raises:
         ValueError: as `groupformer.regroup`, or a broken folder, by name. Nothing is written then.
     """
-    folder, target_folder = local_folder(str(source)), Path(target).expanduser()
-    refuse_target(folder, target_folder, overwrite)
+    folder, target_folder = Path(source), Path(target).expanduser()
     checkpoint = FolderSource(folder)
     options = (num_key_value_heads, method, grouping, budget, seed)
     plan = plan_regrouping(checkpoint, *options)
@@ -120,6 +120,7 @@ def regroup_folder(
     return result.config
 
 
+@from_opened_folder
 def expand_folder(
     source: str | Path,
     target: str | Path,
@@ -130,8 +131,7 @@ def expand_folder(
     progress: Progress = ignore_progress,
 ) -> PreTrainedConfig:
     """A decoder's folder (or Hub id) to one with more key-value heads; see `groupformer.expand`, `regroup_folder`."""
-    folder, target_folder = local_folder(str(source)), Path(target).expanduser()
-    refuse_target(folder, target_folder, overwrite)
+    folder, target_folder = Path(source), Path(target).expanduser()
     checkpoint = FolderSource(folder)
     layouts, result = plan_expansion(checkpoint, num_key_value_heads)
 

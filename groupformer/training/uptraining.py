@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from ..conversion.loading import best_device, load_checked
+from ..conversion.loading import best_device, check_token_ids, load_checked, load_config, load_tokenizer
+from ..conversion.sources import check_source, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
-from .data import expand, load_files, tokenize_and_pack
+from .data import all_ids, expand, load_files, tokenize_and_pack
 from .pretraining import PackedTrainer, bytes_per_token, packed_collator
 from .readiness import (
     ATTENTION_MODULES,
@@ -32,7 +33,14 @@ from .readiness import (
     settings_of,
 )
 from .recipes import hardware_arguments
-from .run import SaveOnInterrupt, last_checkpoint, prepare_output, refuse_output_in
+from .run import (
+    SaveOnInterrupt,
+    check_resumable,
+    last_checkpoint,
+    prepare_output,
+    refuse_output_in,
+    remove_checkpoints,
+)
 
 
 IGNORED = -100
@@ -96,6 +104,9 @@ class UptrainRecipe:
 
     def __post_init__(self):
         hardware_arguments(self.device, self.bf16)
+        check_source(self.model)
+        check_source(self.teacher)
+        check_tokenizer_source(self.tokenizer)
         counts = ("tokens", "row_length", "batch_size", "gradient_accumulation_steps", "lora_rank", "evaluations")
         for name in counts:
             if getattr(self, name) < 1:
@@ -207,8 +218,8 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
         ValueError: a bidirectional student, another vocabulary, rows that are longer than the positions, a model in
             which packed documents see each other, or one that has not the projections that adapters train.
     """
-    configs = {
-        name: AutoConfig.from_pretrained(source)
+    configs: dict[str, Any] = {
+        name: load_config(source)
         for name, source in (("model", recipe.model), ("teacher", recipe.teacher if recipe.kl_weight else None))
         if source is not None
     }
@@ -239,13 +250,13 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
     return student, teacher, configs["model"].dtype
 
 
-def load_tokenizer(recipe: UptrainRecipe) -> Any:
+def load_shared_tokenizer(recipe: UptrainRecipe) -> Any:
     """The recipe's tokenizer, or the model's.
 
     Raises:
-        ValueError: the teacher's gives tokens other ids.
+        ValueError: it has no tokens, or the teacher's gives tokens other ids.
     """
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer)
     if recipe.teacher is not None and recipe.kl_weight:
         refuse_other_vocabulary(recipe.teacher, tokenizer)
     return tokenizer
@@ -272,6 +283,7 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
             raise ValueError(
                 f"row_length ({recipe.row_length}) leaves no row of {name} text; choose shorter rows or give more text"
             )
+        check_token_ids(all_ids(split), tokenizer, f"the {name} text")
     return enough(rows, recipe), validation
 
 
@@ -344,7 +356,12 @@ def add_lora(model: Any, recipe: UptrainRecipe) -> Any:
 
 
 def uptrain(
-    recipe: UptrainRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+    recipe: UptrainRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Trains a regrouped model by a recipe and saves it, merged and in its checkpoint's dtype, to `output`.
 
@@ -353,6 +370,8 @@ def uptrain(
         output: Folder of checkpoints, log and the final model.
         resume: Go on from the last whole checkpoint in `output`, if there is one.
         overwrite: Replace what is in `output`.
+        keep_checkpoints: Keep the last checkpoints when the final model is saved, to go on later with more tokens.
+            They hold float32 weights and the optimizer's state.
 
     Returns:
         Steps and tokens seen; validation loss and bits per byte at the end; "curve", these figures by tokens seen,
@@ -363,12 +382,15 @@ def uptrain(
             a run of other settings. Nothing is written or deleted then.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
+    require("datasets", "accelerate", *(("peft",) if recipe.lora else ()), what="uptraining")
     output = Path(output)
+    if resume:
+        check_resumable(output)
     sources = [source for source in (recipe.model, recipe.teacher) if source is not None]
     refuse_output_in(output, sources)
     set_seed(recipe.seed)
+    tokenizer = load_shared_tokenizer(recipe)
     student, teacher, dtype = load_models(recipe)
-    tokenizer = load_tokenizer(recipe)
     train_rows, validation_rows = load_rows(recipe, tokenizer)
     for name, rows in (("training", train_rows), ("validation", validation_rows)):
         refuse_large_ids(rows, name, tokenizer, student.config.get_text_config().vocab_size)
@@ -420,6 +442,8 @@ def uptrain(
         results["original"] = {"loss": original["eval_loss"], "bits_per_byte": original["eval_bits_per_byte"]}
     save(model, tokenizer, output, dtype)
     (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    if not keep_checkpoints and trainer.is_world_process_zero():
+        remove_checkpoints(output)
     return results
 
 
