@@ -178,6 +178,30 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_field(fields):
         HealRecipe(**fields)
 
 
+def test_regroup_heals_what_it_merged():
+    _, original = pair("llama")
+    token_ids = random_ids(48, 24)
+    merged = groupformer.regroup(original, 1, calibration=token_ids)
+    healed = groupformer.regroup(original, 1, calibration=token_ids, heal={"epochs": 2, "bf16": False})
+    heal(merged, original, token_ids, HealRecipe(epochs=2, bf16=False))
+    for own, other in zip(healed.parameters(), merged.parameters()):
+        assert torch.equal(own, other)
+    assert healed.config.regrouping[-1]["healing"] == {"tokens": 48 * 24, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(heal={}), r"heal needs calibration \(None\)"),
+        (dict(heal={"epoch": 2}, calibration=random_ids(4, 24)), "heal has no field 'epoch'; choose from epochs"),
+        (dict(heal={}, calibration=random_ids(1, 48)), "healing needs at least 2 rows"),
+    ],
+)
+def test_healing_that_cannot_follow_is_refused_before_the_merge(options, message):
+    with pytest.raises(ValueError, match=message):
+        groupformer.regroup(pair("llama")[1], 1, **options)
+
+
 # From folder to folder -----------------------------------------------------------------------------------------------
 
 

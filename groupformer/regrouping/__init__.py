@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .expansion import expand
+from .heal import HealRecipe, as_recipe, split_batches
+from .heal import heal as heal_model
 from .memory import build_regrouped
 from .moments import check_calibration
 from .sources import ModelSource
@@ -40,6 +42,7 @@ def regroup(
     grouping: str | None = None,
     calibration: torch.Tensor | None = None,
     budget: float | None = None,
+    heal: HealRecipe | Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -58,6 +61,8 @@ def regroup(
         calibration: Token ids, LongTensor (batch, seq), a few thousand in all, on which the inputs of each layer are
             measured. Without it, the weights of the norm before each layer stand for them.
         budget: With "auto", the share of the present cache to keep, e.g. 0.25.
+        heal: How the merged attention learns from the present one on the calibration tokens: a recipe or its fields,
+            `{}` for the defaults, `{"epochs": 0}` for the closed form alone. See `groupformer.heal`.
         seed: Of the method "random".
         device, dtype: In which the layers are computed for calibration, one at a time.
 
@@ -75,27 +80,39 @@ def regroup(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model ({type(model).__name__}) is no model of transformers; load it with from_pretrained")
+    recipe = as_recipe(heal)
+    if recipe is not None and calibration is None:
+        raise ValueError("heal needs calibration (None): the token ids to learn on; give 50,000 to 200,000 tokens")
     source = ModelSource(model)
     plan = plan_regrouping(source, num_key_value_heads, method, grouping, budget, seed)
     if calibration is not None:
         check_calibration(calibration, model.config)
-    result = describe_result(source, plan, plan.example_counts, calibration)
+    healing = None
+    if recipe is not None and calibration is not None:
+        split_batches(calibration, model.config, recipe)
+        healing = {"tokens": calibration.numel(), "epochs": recipe.epochs}
+    result = describe_result(source, plan, plan.example_counts, calibration, healing)
     if result is None:
         ours = as_groupformer(model)
         say_that_class_changes(source, plan.layouts, plan.example_counts)
-        options: dict[str, Any] = dict(method=method, grouping=grouping, calibration=calibration, budget=budget)
+        options: dict[str, Any] = dict(
+            method=method, grouping=grouping, calibration=calibration, budget=budget, heal=recipe
+        )
         return regroup(ours, num_key_value_heads, **options, seed=seed, device=device, dtype=dtype)
     moments = find_moments(source, plan, calibration, device=device, dtype=dtype)
     counts = choose_counts(source, plan, moments)
     if counts != plan.example_counts:
-        result = describe_result(source, plan, counts, calibration)
+        result = describe_result(source, plan, counts, calibration, healing)
         assert result is not None
     attention = {}
     for layer_idx, (layout, new_layout, count) in enumerate(zip(plan.layouts, result.layouts, counts)):
         if count != layout.geometry.num_key_value_heads:
             heads = merge_layer(source, plan, moments, layer_idx, count)
             attention[layout.path] = new_layout.write_heads(heads, source.read_module(layout.path))
-    return build_regrouped(model, result, attention)
+    new = build_regrouped(model, result, attention)
+    if recipe is not None and calibration is not None:
+        heal_model(new, model, calibration, recipe)
+    return new
 
 
 def as_groupformer(model: PreTrainedModel) -> PreTrainedModel:

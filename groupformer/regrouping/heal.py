@@ -12,8 +12,9 @@ but the attention changes. Any decoder of transformers can be healed whose layer
 """
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,21 @@ class HealRecipe:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, and finite")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out ({self.held_out}) must be above 0 and below 1, a share of the batches")
+
+
+def as_recipe(fields: HealRecipe | Mapping[str, Any] | None) -> HealRecipe | None:
+    """A recipe as it is, or made from its fields.
+
+    Raises:
+        ValueError: an unknown field, by name, or a value that makes no sense.
+    """
+    if fields is None or isinstance(fields, HealRecipe):
+        return fields
+    known = [field.name for field in dataclasses.fields(HealRecipe)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"heal has no field {unknown[0]!r}; choose from {', '.join(known)}")
+    return HealRecipe(**fields)
 
 
 @dataclass
