@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers.integrations import sdpa_attention
 
-from groupformer import GroupFormerModel
-from groupformer.model import masking_groupformer
-from groupformer.model.cache_groupformer import new_cache
-from groupformer.model.masking_groupformer import create_attention_masks
+from groupformer import GroupFormerForCausalLM, GroupFormerModel
+from groupformer.model.cache_groupformer import sdpa_attention_forward
 
 from .helpers import random_ids, randomize, tiny_config
 from .reference import reference_hidden_states
@@ -182,38 +182,53 @@ def test_a_row_of_padding_gives_finite_numbers(backend, position, is_causal):
     assert torch.isfinite(output).all()
 
 
-# Masks ---------------------------------------------------------------------------------------------------------------
+# Few new tokens ------------------------------------------------------------------------------------------------------
 
 
-def cache_of_three(config):
-    cache = new_cache(config)
-    for layer_idx in range(config.num_hidden_layers):
-        cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), layer_idx)
-    return cache
+class Heads(nn.Module):
+    is_causal = True
+
+    def __init__(self, group):
+        super().__init__()
+        self.num_key_value_groups = group
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("past", [None, new_cache, cache_of_three])
-@pytest.mark.parametrize("padding", [None, 0, 2])
-@pytest.mark.parametrize("packed", [None, False, True])
-def test_masks_are_those_of_transformers(backend, window, length, past, padding, packed, monkeypatch):
-    config = tiny_config(num_key_value_heads=2, sliding_window=window)
-    config._attn_implementation = backend
-    cache = None if past is None else past(config)
-    seen = 0 if cache is None else cache.get_seq_length()
-    mask = None if padding is None else torch.ones(2, seen + length, dtype=torch.long)
-    if padding:
-        mask[0, : min(padding, seen + length - 1)] = 0
-    positions = None if packed is None else torch.arange(length).repeat(2, 1) % (3 if packed else 9) + seen
-    arguments = (config, torch.zeros(2, length, config.hidden_size), mask, cache, positions)
-    ours = create_attention_masks(*arguments)
-    monkeypatch.setattr(masking_groupformer, "only_padding_matters", lambda *_: False)
-    theirs = create_attention_masks(*arguments)
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        if ours[name] is not None:
-            torch.testing.assert_close(ours[name], expected)
-        else:  # no mask is as good as one that hides nothing
-            assert expected is None or (length == 1 and bool((expected == 0).all()))
+def masks(kind, length, seen):
+    visible = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)[None, None]
+    padded = visible.repeat(2, 1, 1, 1)
+    padded[1, :, :, :3] = False
+    biases = torch.randn(1, 6, length, seen).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return {"none": None, "causal": visible, "left-padded": padded, "biases by head": biases}[kind]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kind", ["none", "causal", "left-padded", "biases by head"])
+def test_few_new_tokens_attend_as_with_repeated_heads(kv_heads, length, kind):
+    if kind == "none" and length > 1:
+        length = 9  # a prompt: without a mask and with as many queries as keys
+    query, seen = torch.randn(2, 6, length, 8), 9
+    key, value = torch.randn(2, 2, kv_heads, seen, 8).unbind(0)
+    mask = masks(kind, length, seen)
+    ours, _ = sdpa_attention_forward(Heads(6 // kv_heads), query, key, value, mask, scaling=0.3)
+    repeated = (states.repeat_interleave(6 // kv_heads, dim=1).double() for states in (key, value))
+    keys, values = repeated
+    scores = query.double() @ keys.transpose(2, 3) * 0.3
+    if mask is None:
+        mask = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_repeats_no_heads(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("keys or values were repeated")
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", refuse)
+    model = randomize(GroupFormerForCausalLM(tiny_config(num_key_value_heads=2)))
+    cache = model(random_ids(2, 7)).past_key_values
+    for length in (1, 3):
+        mask = torch.ones(2, cache.get_seq_length() + length, dtype=torch.long)
+        mask[1, :2] = 0
+        model(random_ids(2, length), past_key_values=cache, attention_mask=mask)

@@ -6,7 +6,6 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 from groupformer import GroupFormerForCausalLM
-from groupformer.model.attention_groupformer import attend_in_graph
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -65,22 +64,6 @@ def test_a_compiled_token_reads_a_static_cache_without_repeating_its_heads(shape
     decode(model, torch.compile(model.forward, fullgraph=True, backend=look), random_ids(1, 5), 3)
     assert len(keys) == model.config.num_hidden_layers
     assert {key.shape[1] for key in keys} == {model.config.num_key_value_heads}
-
-
-@pytest.mark.parametrize("mask", ["boolean", "additive", "by head"])
-def test_attention_for_a_gpus_graph_is_attention_with_repeated_keys(mask):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, heads, length, 8, generator=generator) for heads, length in [(6, 1), (2, 9), (2, 9)]
-    )
-    seen = torch.rand(2, 1, 1, 9, generator=generator) < 0.7
-    biases = torch.randn(2, 6, 1, 9, generator=generator)
-    masks = {"boolean": seen, "additive": torch.where(seen, 0.0, -torch.inf), "by head": biases}
-    compiled = torch.compile(attend_in_graph, fullgraph=True)
-    repeated = (states.double().repeat_interleave(3, dim=1) for states in (key, value))
-    wide = masks[mask] if mask == "boolean" else masks[mask].double()
-    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *repeated, wide, scale=0.3)
-    torch.testing.assert_close(compiled(query, key, value, masks[mask], 0.3).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,7 +16,6 @@ from groupformer import (
     GroupFormerModel,
     GroupFormerTokenizer,
 )
-from groupformer.model.ops_groupformer import build_linear
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -131,16 +130,6 @@ def test_a_model_built_on_the_meta_device_needs_no_memory_and_loads():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_nothing_is_drawn_for_a_model_on_the_meta_device(monkeypatch):
-    # Drawing values that nothing holds took longer than all else in building a model before its weights are loaded.
-    drawn = []
-    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **kwargs: drawn.append(weight))
-    with torch.device("meta"):
-        model = GroupFormerForCausalLM(tiny_config())
-    assert drawn == []
-    assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is nn.Linear
-
-
 def test_a_linear_layer_that_somebody_put_in_torchs_place_is_used(monkeypatch):
     class Other(nn.Linear):
         pass
@@ -156,11 +145,3 @@ def test_fewer_layers_than_were_saved_are_the_first_ones(tmp_path):
     assert len(first.model.layers) == len(first.config.layer_types) == 2
     model.model.layers = model.model.layers[:2]
     assert torch.equal(first(random_ids(1, 4)).logits, model(random_ids(1, 4)).logits)
-
-
-def test_a_layer_built_by_itself_has_torchs_values():
-    torch.manual_seed(0)
-    expected = nn.Linear(16, 8, bias=True)
-    torch.manual_seed(0)
-    built = build_linear(16, 8, bias=True)
-    assert torch.equal(built.weight, expected.weight) and torch.equal(built.bias, expected.bias)

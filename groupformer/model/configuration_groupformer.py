@@ -333,8 +333,9 @@ class GroupFormerConfig(PreTrainedConfig):
         )
 
     def __setattr__(self, name, value):
+        is_new = name not in vars(self) or vars(self)[name] != value  # transformers sets `is_causal` in every forward
         super().__setattr__(name, value)
-        if "_given" in vars(self) and (name in self.__dataclass_fields__ or name == "per_layer_config"):
+        if is_new and "_given" in vars(self) and (name in self.__dataclass_fields__ or name == "per_layer_config"):
             given = self._given_fields()
             if name in given:
                 given[name] = value

@@ -1,5 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Attention masks by layer, with the biases of ALiBi in them, and what a model refuses to compute.
+"""Attention masks by layer, with the biases of ALiBi in them, positions, which tokens are real, what is refused.
 
 This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the files beside
 it.
@@ -16,9 +16,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
 
-from .cache_groupformer import CACHE_NAME, either_cache_name
+from .cache_groupformer import CACHE_NAME, accept_cache_alias
 from .configuration_groupformer import GroupFormerConfig
 
 
@@ -55,13 +54,13 @@ def running_mask_names(model: Any) -> list[str]:
     return names[:count]
 
 
-def check_inputs(inputs: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> None:
+def check_inputs(inputs: torch.Tensor, attention_mask: Any, cache: Cache | None) -> None:
     """Refuses what would be computed wrongly, or fail further down by a message about something else.
 
     Args:
         inputs: `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
         attention_mask: What the caller gave; only masks (B, S) are looked at.
-        past_key_values: The cache; where it grows, what it holds is counted.
+        cache: The cache; where it grows, what it holds is counted.
 
     Raises:
         ValueError: an empty or flat input, a mask of another batch or shorter than the tokens, or one with values
@@ -74,7 +73,7 @@ def check_inputs(inputs: torch.Tensor, attention_mask: Any, past_key_values: Cac
         raise ValueError(f"the input has shape {tuple(shape)}; give (batch, sequence), both of at least 1")
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return
-    cached = past_key_values.get_seq_length() if type(past_key_values) is DynamicCache else 0
+    cached = cache.get_seq_length() if type(cache) is DynamicCache else 0
     if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < cached + shape[1]:
         after = f" after {cached} cached tokens" if cached else ""
         raise ValueError(
@@ -107,7 +106,7 @@ def check_positions(config: GroupFormerConfig, position_ids: torch.Tensor) -> No
         )
 
 
-def look_up(embed_tokens: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
+def embed_token_ids(embed_tokens: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
     """Embeddings (B, T, hidden_size) of token ids; on the CPU an id outside the vocabulary is named."""
     if torch.compiler.is_compiling():
         return embed_tokens(input_ids)
@@ -141,13 +140,13 @@ def check_backend(config: GroupFormerConfig, name: str) -> None:
         )
 
 
-@either_cache_name
 def create_attention_masks(
     config: GroupFormerConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    past_key_values: Cache | None = None,
     position_ids: torch.Tensor | None = None,
+    cache: Cache | None = None,
     **kwargs,
 ) -> dict[str, Any]:
     """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
@@ -155,60 +154,102 @@ def create_attention_masks(
     With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
     passes arguments of other models (token types); they are ignored.
     """
+    cache = accept_cache_alias(past_key_values, cache)
     uses_alibi = config.position_embedding_type == "alibi"
     names = layer_mask_names(config)
-    may_skip = not uses_alibi
-    if may_skip and only_padding_matters(config, inputs_embeds, past_key_values, position_ids):
-        if attention_mask is None or hides_nothing(attention_mask):
-            return dict.fromkeys(names)
-        may_skip = False  # transformers need not look for the same again
     masks = {}
     for name in dict.fromkeys(names):
         layer_idx = names.index(name)
         create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
         mask = create_mask(
-            config=config.per_layer_config[layer_idx],
+            config=config.per_layer_config[layer_idx] if config.is_heterogeneous else config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             layer_idx=layer_idx,
-            allow_is_causal_skip=may_skip,
-            **{CACHE_NAME: past_key_values},
+            allow_is_causal_skip=not uses_alibi,
+            **{CACHE_NAME: cache},
         )
         if uses_alibi:
-            mask = add_alibi(config, mask, inputs_embeds, attention_mask, past_key_values, layer_idx)
+            mask = add_alibi(config, mask, inputs_embeds, attention_mask, cache, layer_idx)
         masks[name] = mask
     return masks
 
 
-def only_padding_matters(
-    config: GroupFormerConfig,
-    inputs_embeds: torch.Tensor,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
-) -> bool:
-    """Whether attention needs a mask for padding only, as transformers' functions find in more steps.
+def crop_mask(attention_mask: Any, length: int, cache: Cache | None) -> Any:
+    """A mask (B, S or longer) without the entries behind the last of `length` new tokens; other masks as they are.
 
-    One new token sees all that a growing cache holds. Rows without a past or packed documents are causal as they are,
-    for sdpa.
+    A static cache counts its tokens in a tensor and its masks may be as long as the cache: these stay as they are.
     """
-    one_token, backend = inputs_embeds.shape[1] == 1, config._attn_implementation
-    if past_key_values is None:
-        suits = position_ids is None
-    else:
-        suits = type(past_key_values) is DynamicCache and (one_token or past_key_values.get_seq_length() == 0)
-    return (
-        suits
-        and (backend == "sdpa" or (backend == "eager" and one_token))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and "sliding_attention" not in config.layer_types
-    )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return attention_mask
+    cached = cache.get_seq_length() if cache is not None else 0
+    return attention_mask if isinstance(cached, torch.Tensor) else attention_mask[:, : cached + length]
 
 
-def hides_nothing(attention_mask: torch.Tensor) -> bool:
-    """Whether a mask (B, S) is known to call every token a real one."""
-    return attention_mask.ndim == 2 and not is_tracing(attention_mask) and bool(attention_mask.all())
+def select_new_tokens(per_token: torch.Tensor, length: int, cache: Cache | None) -> torch.Tensor:
+    """The entries (B, length) of the new tokens, in a tensor (B, S or longer) that begins with the cached ones."""
+    cached = cache.get_seq_length() if cache is not None else 0
+    index = torch.arange(length, device=per_token.device) + cached
+    return per_token[:, index.clamp(max=per_token.shape[1] - 1)]
+
+
+def build_position_ids(
+    config: GroupFormerConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+) -> torch.Tensor:
+    """Positions (B or 1, T) of the new tokens, when the caller gave none.
+
+    Positions that are added to the embeddings count real tokens, so that a left-padded row means what it means
+    alone. Those inside the attention are relative: padding shifts them all alike.
+    """
+    length = inputs_embeds.shape[1]
+    adds_positions = config.position_embedding_type in ("learned", "sinusoidal")
+    if adds_positions and attention_mask is not None and attention_mask.ndim == 2:
+        return select_new_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cache)
+    cached = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(length, device=inputs_embeds.device) + cached).unsqueeze(0)
+
+
+def find_real_tokens(
+    config: GroupFormerConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    length: int,
+    cache: Cache | None,
+) -> torch.Tensor | None:
+    """Which of the new tokens are real, a boolean (B, T), from the attention mask where there is one.
+
+    `None`: all of them, as far as is known.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return select_new_tokens(attention_mask, length, cache) != 0
+    if input_ids is not None and config.pad_token_id is not None:
+        return input_ids != config.pad_token_id
+    if input_ids is not None and len(input_ids) > 1:
+        raise ValueError(
+            f"pad_token_id (None) leaves padding unknown in a batch of {len(input_ids)}; "
+            "pass attention_mask, set config.pad_token_id, or use batches of 1"
+        )
+    return None
+
+
+def pool_real_tokens(hidden_states: torch.Tensor, real: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """One vector a row (B, hidden_size) of hidden states (B, T, hidden_size), finite for a row of padding too.
+
+    Causal: the last real token's, the only one that saw the whole text. Bidirectional: the mean of the real tokens'.
+    """
+    batch, length = hidden_states.shape[:2]
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool)
+    real = real.to(hidden_states.device)
+    if not is_causal:
+        # Summed in float32: thousands of states are more than float16 can hold.
+        weights = real.to(torch.promote_types(hidden_states.dtype, torch.float32)).unsqueeze(-1)  # (B, T, 1)
+        mean = (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return mean.to(hidden_states.dtype)
+    indices = torch.arange(length, device=hidden_states.device)
+    last = (indices * real).argmax(dim=-1)  # the greatest real index, wherever the padding is
+    return hidden_states[torch.arange(batch, device=hidden_states.device), last]
 
 
 def add_alibi(
@@ -216,7 +257,7 @@ def add_alibi(
     mask: torch.Tensor,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     layer_idx: int,
 ) -> torch.Tensor:
     """Writes ALiBi's biases `-slope_h * |q - k|` (Press et al. 2022, section 3) into a mask (B, 1, T, S).
@@ -226,8 +267,8 @@ def add_alibi(
     """
     length = inputs_embeds.shape[1]
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
-    seen = past_key_values.get_query_offset(layer_idx) if past_key_values is not None else 0
-    first_key = past_key_values.get_mask_sizes(length, layer_idx)[1] if past_key_values is not None else 0
+    seen = cache.get_query_offset(layer_idx) if cache is not None else 0
+    first_key = cache.get_mask_sizes(length, layer_idx)[1] if cache is not None else 0
     query_index = torch.arange(length, device=device) + seen
     key_index = torch.arange(mask.shape[-1], device=device) + first_key
     if attention_mask is not None and attention_mask.ndim == 2:

@@ -1,21 +1,16 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
 """GroupFormer: a transformer whose attention sharing is configured, from multi-head (MHA) to multi-query (MQA).
 
-One architecture, its variants chosen once when the model is built (see `configuration_groupformer.py` for the fields):
-
-- `num_key_value_heads`, for the whole model or by layer; MHA, GQA and MQA run the same code;
-- positions: learned, sinusoidal, RoPE with every scaling type of transformers, ALiBi, or none;
-- RMSNorm or LayerNorm, before or after the sublayers, side by side (parallel residual), and on queries and keys;
-- gated or plain MLP; biases where configured; sliding windows by layer; causal or bidirectional.
+One architecture, its variants chosen once when the model is built (`configuration_groupformer.py` describes the
+fields): KV heads, positions, norms, MLPs, biases, windows, causal or not. MHA, GQA and MQA run the same code.
 
 The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Attention goes through
-transformers' attention interface. Module names are Llama's. This file also travels to the Hub as remote code, so it
-imports nothing but torch, transformers and the files beside it: configuration, masks, cache, loss, faster operations.
+transformers' attention interface; module names are Llama's. The file also travels to the Hub as remote code, so it
+imports nothing but torch, transformers and the files beside it: configuration, masks, cache and loss.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 
@@ -25,17 +20,16 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
-    GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -44,28 +38,22 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_groupformer import OWN_ATTENTION
-from .cache_groupformer import CACHE_NAME, either_cache_name, grow_in_place, new_cache, update_options
+from .cache_groupformer import CACHE_NAME, OWN_ATTENTION, accept_cache_alias, grow_in_place
 from .configuration_groupformer import GroupFormerConfig
-from .decoding_groupformer import (
-    attention_of_one_token,
-    decode_layer,
-    decode_layer_with_norms_after,
-    decode_parallel_layer,
-    is_row,
-    takes_one_token,
-)
-from .loss_groupformer import head_cross_entropy
+from .loss_groupformer import CausalLMOutputWithoutLogits, chunked_causal_lm_loss, sequence_classification_loss
 from .masking_groupformer import (
+    build_position_ids,
     check_backend,
     check_inputs,
     check_positions,
     create_attention_masks,
+    crop_mask,
+    embed_token_ids,
+    find_real_tokens,
     layer_mask_names,
-    look_up,
+    pool_real_tokens,
     running_mask_names,
 )
-from .ops_groupformer import build_linear, is_turned_in_place, is_unwatched, multiply_by_gate, project, rms_norm
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -81,10 +69,12 @@ class GroupFormerRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight.dtype != hidden_states.dtype:  # PEFT keeps norms in float32, the residual stream its own dtype
-            weight = weight.to(hidden_states.dtype)
-        return rms_norm(hidden_states, weight, self.variance_epsilon)
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        # PEFT keeps the weights of norms in float32: the residual stream keeps its dtype all the same.
+        return (self.weight * hidden_states.to(input_dtype)).to(input_dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -103,10 +93,9 @@ def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
 
 
 class GroupFormerSinusoidalEmbedding(nn.Module):
-    """Fixed sines and cosines, added to the token embeddings (Vaswani et al. 2017, section 3.5).
+    """Sines and cosines that are added to the token embeddings (Vaswani et al. 2017, section 3.5).
 
-    `PE(p, 2i) = sin(p / 10000^(2i / hidden_size))` and `PE(p, 2i + 1)` its cosine, computed in float32 when asked for:
-    there is no table to store, move or initialise.
+    `PE(p, 2i) = sin(p / 10000^(2i / hidden_size))` and `PE(p, 2i + 1)` its cosine, in float32.
     """
 
     def __init__(self, config: GroupFormerConfig):
@@ -121,7 +110,9 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
 
 # Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
 ABSOLUTE_POSITIONS = {
-    "learned": lambda it: nn.Embedding(it.max_position_embeddings + it.position_offset, it.hidden_size),
+    "learned": lambda config: nn.Embedding(
+        config.max_position_embeddings + config.position_offset, config.hidden_size
+    ),
     "sinusoidal": GroupFormerSinusoidalEmbedding,
 }
 
@@ -153,25 +144,31 @@ class GroupFormerRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        if self.attention_scaling != 1.0:
-            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)  # (B, T, rotary_dim)
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair `(x[j], x[j + d/2])` of heads (B, H or G, T, D) by its position's angle.
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """The pairs `(x[j], x[j + d/2])` rotated by a right angle: `(-x[j + d/2], x[j])`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
-    `cos` and `sin` are (B, 1, T, d), the first half of the sines negative: they meet the halves of x in exchange.
-    Partial rotary (d below `D`) leaves the head's last features as they are.
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate each pair of queries (B, H, T, D) and keys (B, G, T, D) by its position's angle (Su et al. 2021, eq. 34).
+
+    `cos` and `sin` are (B, T, rotary_dim); with a rotary_dim below D a head's last features stay as they are.
     """
     rotary_dim = cos.shape[-1]
-    if rotary_dim < x.shape[-1]:
-        turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
-        return torch.cat((turn(turned, cos, sin), kept), dim=-1)
-    rolled = torch.roll(x, rotary_dim // 2, dims=-1)
-    return rolled.mul_(sin).addcmul_(x, cos) if is_turned_in_place(x) else torch.addcmul(x * cos, rolled, sin)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if rotary_dim == query.shape[-1]:
+        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    (query, query_rest), (key, key_rest) = (states.tensor_split((rotary_dim,), dim=-1) for states in (query, key))
+    query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    return torch.cat((query, query_rest), dim=-1), torch.cat((key, key_rest), dim=-1)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -187,12 +184,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) for any number of key-value heads.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): outputs (B, T, H, D), probabilities (B, H, T, S).
 
-    Query head h reads key-value head h // (H / G). The query heads of a group are laid side by side as more queries of
-    their shared head, so keys and values are never repeated in memory.
-
-    Returns the heads' outputs (B, T, H, D) and the attention probabilities (B, H, T, S).
+    Query head h reads key-value head h // (H / G): the query heads of a group are laid side by side as more queries of
+    their shared head, so that keys and values are never repeated in memory.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads, seen = key.shape[1], key.shape[2]
@@ -227,48 +222,48 @@ class GroupFormerAttention(nn.Module):
         slides = config.layer_types[layer_idx] == "sliding_attention"
         # Flash attention counts a window with its own token, transformers' bidirectional masks without it.
         self.sliding_window = layer_config.sliding_window + (not self.is_causal) if slides else None
-        self.own_heads: slice | None = None  # of a mask with biases by head, this tensor parallel rank's part
+        self.tp_head_slice: slice | None = None  # of a mask with biases by head, this tensor parallel rank's part
         self.uses_rope = config.no_rope_layers is None or config.no_rope_layers[layer_idx] == 1
 
         bias, query_size, key_size = config.attention_bias, heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = build_linear(hidden_size, query_size, bias=bias)
-        self.k_proj = build_linear(hidden_size, key_size, bias=bias)
-        self.v_proj = build_linear(hidden_size, key_size, bias=bias)
-        self.o_proj = build_linear(query_size, hidden_size, bias=config.attention_output_bias)
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=config.attention_output_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
+            self.norm_shape = (-1, self.head_dim) if per_head else (1, -1)
             self.q_norm = build_norm(config, self.head_dim if per_head else query_size)
             self.k_norm = build_norm(config, self.head_dim if per_head else key_size)
 
-    def normalize(self, norm: nn.Module | None, projected: torch.Tensor) -> torch.Tensor:
-        """Norm of projected queries or keys, over as many features as the norm has: one head, or all of them."""
-        if norm is None:
-            return projected
-        return norm(projected.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2)
-
-    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = past_key_values if cache is None else cache
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.normalize(self.q_norm, project(self.q_proj, hidden_states))
-        key = self.normalize(self.k_norm, project(self.k_proj, hidden_states))
-        query, key = (states.view(hidden_shape).transpose(1, 2) for states in (query, key))  # (B, H or G, T, D)
-        value = project(self.v_proj, hidden_states).view(hidden_shape).transpose(1, 2)  # (B, G, T, D)
-
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.unflatten(-1, self.norm_shape))
+            key = self.k_norm(key.unflatten(-1, self.norm_shape))
+        query = query.view(hidden_shape).transpose(1, 2)  # (B, H, T, D)
+        key = key.view(hidden_shape).transpose(1, 2)  # (B, G, T, D)
+        value = value.view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None and self.uses_rope:
-            query, key = turn(query, *position_embeddings), turn(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, **update_options(kwargs))
-        if self.own_heads is not None:
-            attention_mask = attention_mask[:, self.own_heads]
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            # From 5.24 on continuous batching reads and changes these options through the cache.
+            options = {"kwargs": kwargs} if CACHE_NAME == "cache" else {}
+            key, value = cache.update(key, value, self.layer_idx, **options)
+        if self.tp_head_slice is not None:
+            attention_mask = attention_mask[:, self.tp_head_slice]
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -286,7 +281,7 @@ class GroupFormerAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
-        return project(self.o_proj, attn_output), attn_weights
+        return self.o_proj(attn_output), attn_weights
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
@@ -298,12 +293,12 @@ class GroupFormerPlainMLP(nn.Module):
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__()
         intermediate_size = config.per_layer_config[layer_idx].intermediate_size
-        self.up_proj = build_linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = build_linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states, any_layout=True)))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class GroupFormerGatedMLP(GroupFormerPlainMLP):
@@ -311,12 +306,10 @@ class GroupFormerGatedMLP(GroupFormerPlainMLP):
 
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate_proj = build_linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = project(self.gate_proj, hidden_states, any_layout=True)
-        up = project(self.up_proj, hidden_states, any_layout=True)
-        return project(self.down_proj, multiply_by_gate(self, gate, up))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
@@ -328,15 +321,12 @@ MLPS = {"gated": GroupFormerGatedMLP, "plain": GroupFormerPlainMLP}
 class GroupFormerDecoderLayer(GradientCheckpointingLayer):
     """Attention, then MLP, each on the normed residual stream and added to it (GPT-2, Llama)."""
 
-    decode = decode_layer
-
     def __init__(self, config: GroupFormerConfig, layer_idx: int):
         super().__init__()
         self.self_attn = GroupFormerAttention(config, layer_idx)
         self.mlp = MLPS[config.mlp_type](config, layer_idx)
         self.residual_multiplier = config.residual_multiplier
         self.dropout = config.hidden_dropout
-        self.is_usual = type(self) in LAYERS.values()  # `decode` knows no subclass of anyone else's
         self.build_norms(config)
 
     def build_norms(self, config: GroupFormerConfig) -> None:
@@ -350,7 +340,7 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
         return sublayer_output if self.residual_multiplier == 1.0 else sublayer_output * self.residual_multiplier
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.scale(attn_output)
         return hidden_states + self.scale(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -358,14 +348,12 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
 class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
     """Norms on the sublayers' outputs, before these are added to the residual stream (OLMo 2)."""
 
-    decode = decode_layer_with_norms_after
-
     def build_norms(self, config: GroupFormerConfig) -> None:
         self.post_attention_layernorm = build_norm(config)
         self.post_feedforward_layernorm = build_norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(hidden_states, **kwargs)
+        attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
         hidden_states = hidden_states + self.scale(self.post_attention_layernorm(attn_output))
         return hidden_states + self.scale(self.post_feedforward_layernorm(self.mlp(hidden_states)))
 
@@ -373,15 +361,13 @@ class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
 class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
     """Attention and MLP side by side on the same residual stream, each with its own norm (GPT-NeoX) or one (Phi)."""
 
-    decode = decode_parallel_layer
-
     def build_norms(self, config: GroupFormerConfig) -> None:
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = None if config.shared_parallel_norm else build_norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        attn_output, _ = self.self_attn(normed, **kwargs)
+        attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         if self.post_attention_layernorm is not None:
             normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.scale(attn_output) + self.scale(self.mlp(normed))
@@ -400,13 +386,6 @@ def layer_class_of(config: GroupFormerConfig) -> type[GroupFormerDecoderLayer]:
 
 
 # Model ---------------------------------------------------------------------------------------------------------------
-
-
-# Tensor parallel styles of the attention where its projections must be whole: each rank computes all heads.
-WHOLE_PROJECTIONS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output"),
-    "o_proj": "rowwise_split_input",
-}
 
 
 class GroupFormerPreTrainedModel(PreTrainedModel):
@@ -455,7 +434,9 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         """The config's plans; a norm over whole projections needs these whole on every rank, as in OLMo 2."""
         super().init_parallel_plans()
         if self.config.qk_norm == "projection" and self.base_model is self:
-            self._tp_plan.update({f"layers.*.self_attn.{name}": style for name, style in WHOLE_PROJECTIONS.items()})
+            whole = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
+            whole["o_proj"] = "rowwise_split_input"
+            self._tp_plan.update({f"layers.*.self_attn.{name}": style for name, style in whole.items()})
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config, mesh_manager):
@@ -473,7 +454,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
             per_rank, rank = model.config.num_attention_heads // ranks, mesh_manager.get_mesh("tp").get_local_rank()
             for module in model.modules():
                 if isinstance(module, GroupFormerAttention):
-                    module.own_heads = slice(rank * per_rank, (rank + 1) * per_rank)
+                    module.tp_head_slice = slice(rank * per_rank, (rank + 1) * per_rank)
         return model
 
 
@@ -497,24 +478,11 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def build_position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
-        """Positions (B or 1, T) of the new tokens, when the caller gave none.
-
-        Positions that are added to the embeddings count real tokens, so that a left-padded row means what it means
-        alone. Those inside the attention are relative: padding shifts them all alike.
-        """
-        length = inputs_embeds.shape[1]
-        if self.embed_positions is not None and attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
-
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer: embeddings, scaled, with positions added, normed, as configured."""
-        multiplier = self.config.embedding_multiplier
-        hidden_states = inputs_embeds if multiplier == 1.0 else inputs_embeds * multiplier
+        """Embed the tokens: scale, add absolute positions, normalize, apply dropout."""
+        hidden_states = inputs_embeds
+        if self.config.embedding_multiplier != 1.0:
+            hidden_states = hidden_states * self.config.embedding_multiplier
         if self.embed_positions is not None:
             positions = self.embed_positions(position_ids + self.config.position_offset)
             hidden_states = hidden_states + positions.to(hidden_states.dtype)
@@ -524,7 +492,6 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -533,67 +500,64 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`): Token ids. Give these or `inputs_embeds`.
-            attention_mask (`torch.Tensor`, *optional*): `(B, S)` with 1 for real tokens and 0 for padding; or a
-                prepared mask `(B, 1, T, S)`; or, from `generate`, a dictionary of prepared masks.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions. Without an attention mask and
-                cache, positions that start again mark packed documents, which do not see each other.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`, *optional*): Instead of `input_ids`.
+            input_ids (`torch.LongTensor`, *optional*): Token ids `(B, T)`. Give these or `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*): `(B, S)` with 1 for real tokens and 0 for padding (what stands
+                behind the last new token is not read), a prepared mask `(B, 1, T, S)`, or a dictionary of them.
+            position_ids (`torch.LongTensor`, *optional*): Positions `(B, T)`. Without mask and cache, positions that
+                start again mark packed documents, which do not see each other.
+            past_key_values, cache (`Cache`, *optional*): Keys and values of earlier tokens, extended in place.
+            inputs_embeds (`torch.FloatTensor`, *optional*): Embeddings `(B, T, hidden_size)`.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the cache.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or more positions than there are.
         """
+        cache = accept_cache_alias(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
+        check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
-            inputs_embeds = look_up(self.embed_tokens, input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
+            inputs_embeds = embed_token_ids(self.embed_tokens, input_ids)
+        if use_cache and cache is None:
+            cache = grow_in_place(DynamicCache(config=self.config))
+        attention_mask = crop_mask(attention_mask, inputs_embeds.shape[1], cache)
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` may have prepared them
-            masks = create_attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = create_attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
-            position_ids = self.build_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cache)
         check_positions(self.config, position_ids)
         hidden_states = self.embed(inputs_embeds, position_ids)
-        position_embeddings = None
-        if self.rotary_emb is not None:  # one for all heads
-            position_embeddings = tuple(part.unsqueeze(1) for part in self.rotary_emb(hidden_states, position_ids))
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
-        attend = attention_of_one_token(self, hidden_states, past_key_values)
         for mask_name, decoder_layer in zip(running_mask_names(self), self.layers):
-            if attend is not None and takes_one_token(decoder_layer):
-                token = hidden_states.view(-1) if is_row(hidden_states) else hidden_states.squeeze(1)
-                mask = masks[mask_name]
-                token = decoder_layer.decode(token, mask, position_embeddings, past_key_values, attend)
-                hidden_states = token.view(hidden_states.shape)
-                continue
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks[mask_name],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                **{CACHE_NAME: past_key_values},
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values if use_cache else None}
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
 # Heads ---------------------------------------------------------------------------------------------------------------
 
 
 class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
-    """GroupFormer with a language modeling head: logits (B, T, vocab_size), next-token loss, `generate`."""
+    """GroupFormer with a language modeling head: logits (B, T, vocab_size), next-token loss, `generate`.
+
+    Set `model.skip_logits = True` to train without holding all logits, where nobody reads them: with `Trainer`, say.
+    """
+
+    skip_logits = False
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -604,11 +568,10 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GroupFormerModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = build_linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
-    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -620,33 +583,35 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As `GroupFormerModel.forward`, and:
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Ids to predict, not shifted; -100 is ignored.
+            labels (`torch.LongTensor`, *optional*): Ids to predict `(B, T)`, not shifted; -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute logits for the last so many
                 tokens only, or for the given indices; 0 means all.
-            skip_logits (`bool`, *optional*): Return the loss without logits, whose memory is then saved. Default: in
-                training, where there are labels. Heads that are adapted, quantized or sharded give them all the same.
+            skip_logits (`bool`, *optional*, defaults to the model's attribute of that name, `False`): With labels,
+                compute their loss a part at a time and return no logits, whose memory is then saved.
         """
+        cache = accept_cache_alias(past_key_values, cache)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )
-        skip_logits = self.training if skip_logits is None else skip_logits
-        if skip_logits and labels is not None and self.can_skip_logits(logits_to_keep):
-            logits, scaling = None, self.config.logits_scaling
-            loss = head_cross_entropy(self.lm_head, outputs.last_hidden_state, labels, scaling, **kwargs)
+        hidden_states, logits, loss, output_class = outputs.last_hidden_state, None, None, CausalLMOutputWithPast
+        skip_logits = self.skip_logits if skip_logits is None else skip_logits
+        if skip_logits and labels is not None and self.loss_function is ForCausalLMLoss:
+            output_class, scaling = CausalLMOutputWithoutLogits, self.config.logits_scaling
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, self.vocab_size, scaling, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = project(self.lm_head, outputs.last_hidden_state[:, kept, :])
+            logits = self.lm_head(hidden_states[:, kept, :])
             if self.config.logits_scaling != 1.0:
                 logits = logits / self.config.logits_scaling
-            loss = None
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return output_class(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -654,19 +619,9 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def can_skip_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
-        """Whether the loss is the usual one of all logits, its head a plain matrix, and nobody looks on."""
-        usual = self.loss_function is ForCausalLMLoss and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        return usual and is_unwatched(self.lm_head)
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)
-        try:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        except AmbiguousGlobalPerLayerAttributeError:  # transformers below 5.19, see `new_cache`
-            if generation_config.cache_implementation is not None:
-                raise
-            model_kwargs[CACHE_NAME] = new_cache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         if given is None and type(cache) is DynamicCache:
             grow_in_place(cache)
@@ -686,51 +641,18 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
 
-# `generate` asks the forward of remote code for its signature with every token; here it is found at once.
-vars(GroupFormerForCausalLM)["forward"].__signature__ = inspect.signature(GroupFormerForCausalLM.forward)
-
-
 class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
-    """GroupFormer with a head over whole sequences: logits (B, num_labels) of regression, single or multi label tasks.
-
-    A causal model is read at the last real token of each row, the only one that saw the whole text; a bidirectional
-    one as the mean of its real tokens.
-    """
+    """GroupFormer with a head over sequences: logits (B, num_labels) of regression, single or multi label tasks."""
 
     def __init__(self, config: GroupFormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GroupFormerModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.loss_function = sequence_classification_loss
         self.post_init()
 
-    def real_tokens(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        """Which of the new tokens are real: a boolean (B, T), from the attention mask where there is one."""
-        batch, length = hidden_states.shape[:2]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return attention_mask[:, -length:].to(hidden_states.device) != 0
-        if self.config.pad_token_id is not None and input_ids is not None:
-            return input_ids.to(hidden_states.device) != self.config.pad_token_id
-        if batch > 1 and input_ids is not None:
-            raise ValueError(
-                f"pad_token_id (None) leaves padding unknown in a batch of {batch}; "
-                "pass attention_mask, set config.pad_token_id, or use batches of 1"
-            )
-        return torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-
-    def pool(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """One vector a row (B, hidden_size) of hidden states (B, T, hidden_size), finite for a row of padding too."""
-        if not self.config.is_causal:
-            weights = real.to(hidden_states.dtype).unsqueeze(-1)  # (B, T, 1)
-            return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        last = (indices * real).argmax(dim=-1)  # the greatest real index, wherever the padding is
-        return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
-
     @can_return_tuple
-    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -740,6 +662,7 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """As `GroupFormerModel.forward`, and:
@@ -748,15 +671,17 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
             labels (`torch.Tensor`, *optional*): `(B,)` class ids, `(B, num_labels)` floats of a multi-label task, or
                 floats of a regression, as `config.problem_type` says or the labels' dtype tells.
         """
+        cache = accept_cache_alias(past_key_values, cache)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        # Before the model extends the cache.
+        real = find_real_tokens(self.config, input_ids, attention_mask, length, cache)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )
-        hidden_states = outputs.last_hidden_state
-        pooled = self.pool(hidden_states, self.real_tokens(input_ids, attention_mask, hidden_states))
-        logits = self.score(pooled)
+        logits = self.score(pool_real_tokens(outputs.last_hidden_state, real, self.config.is_causal))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -766,12 +691,11 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         )
 
 
-# The generic heads build their base through `AutoModel`, which knows no remote code; ours name it.
-class GroupFormerForTokenClassification(GenericForTokenClassification, GroupFormerPreTrainedModel):
+class GroupFormerForTokenClassification(GroupFormerPreTrainedModel):
     """GroupFormer with a head over each token: logits (B, T, num_labels)."""
 
     def __init__(self, config: GroupFormerConfig):
-        GroupFormerPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GroupFormerModel(config)
         dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
@@ -779,7 +703,38 @@ class GroupFormerForTokenClassification(GenericForTokenClassification, GroupForm
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """As `GroupFormerModel.forward`, and:
 
+        Args:
+            labels (`torch.LongTensor`, *optional*): Class ids `(B, T)`; -100 is ignored.
+        """
+        cache = accept_cache_alias(past_key_values, cache)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# The generic head builds its base through `AutoModel`, which knows no remote code; ours names it.
 class GroupFormerForQuestionAnswering(GenericForQuestionAnswering, GroupFormerPreTrainedModel):
     """GroupFormer with a head for spans: start and end logits (B, T)."""
 

@@ -178,6 +178,8 @@ class PackedTrainer(Trainer):
     def __init__(self, *args, validation_bytes_per_token: float | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.validation_bytes_per_token = validation_bytes_per_token
+        if isinstance(self.model, GroupFormerForCausalLM):  # the loss alone is read: its logits need not be kept
+            self.model.skip_logits = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs and self.validation_bytes_per_token:
