@@ -68,7 +68,6 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
     "nemotron": {"partial": {"partial_rotary_factor": 0.5}, "biases": {"attention_bias": True}},
     "arcee": {"plain": {}, "biases": {"attention_bias": True}},
     "apertus": {"norms": {}},
-    "gptj": {"a part of the neighbours turned": {"rotary_dim": 4}},
     "persimmon": {"norms": {}, "no norms": {"qk_layernorm": False}},
     "gpt_oss": {"sinks and windows": {**EXPERTS, **WINDOWS}},
     "cohere": {"norms": {"use_qk_norm": True}},

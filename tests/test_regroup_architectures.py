@@ -31,6 +31,7 @@ FAMILIES = {
     ("gpt2", "scores by layer"): GroupFormerForCausalLM,
     ("gpt_bigcode", "every head its own keys"): None,
     ("gpt_neox", "parallel, a quarter turned"): GroupFormerForCausalLM,
+    ("gptj", "half of each head turned"): GroupFormerForCausalLM,
     ("granite", "biases, wide heads"): None,
     ("llama", "all biases"): None,
     ("mistral", "window shorter than the prompt"): None,
@@ -46,7 +47,7 @@ FAMILIES = {
     ("starcoder2", "biases"): None,
 }
 # Understood, but neither their own class nor GroupFormer has a field for fewer key-value heads.
-NOWHERE_TO_GO = ("gptj", "persimmon", "gpt_neo")
+NOWHERE_TO_GO = ("persimmon", "gpt_neo")
 REGROUPED = [case for case in CASES if case[0] not in NOWHERE_TO_GO] + list(FAMILIES)
 IDS = random_ids(2, 11, 80)
 CALIBRATION = random_ids(3, 40, 80, seed=1)

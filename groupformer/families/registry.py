@@ -14,6 +14,7 @@ NAMES = (
     "gpt2",
     "gpt_bigcode",
     "gpt_neox",
+    "gptj",
     "granite",
     "llama",
     "mistral",
