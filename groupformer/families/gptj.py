@@ -51,7 +51,6 @@ FAMILY = Family(
         "h.*.mlp.fc_out": "layers.*.mlp.down_proj",
         "ln_f": "norm",
     },
-    legacy_buffers=(r"attn\.(masked_)?bias$", r"embed_positions$"),
     tiny={**TINY_GPT2, "rotary_dim": 4},
     examples={
         "half of each head turned": {},
