@@ -260,22 +260,12 @@ def test_an_adapter_whose_base_is_gone_names_it(sources, tmp_path):
 def interrupted(arguments, seconds):
     """The command in a process of its own, with Ctrl-C pressed after some seconds."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    command = [sys.executable, "-m", "groupformer", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, [line for line in errors.splitlines() if "interrupted" in line], errors
-
-
-# Programs that a shell starts in the background ignore Ctrl-C.
-RUN = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["groupformer", *sys.argv[1:]]
-from groupformer.commands.main import main
-main()
-"""
 
 
 @pytest.mark.slow

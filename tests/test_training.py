@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     Trainer,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     pipeline,
 )
@@ -23,7 +25,7 @@ from groupformer import GroupFormerForCausalLM, GroupFormerForSequenceClassifica
 from groupformer.training.data import collate_flat, expand, pack, read_column
 from groupformer.training.finetuning import FinetuneRecipe, finetune
 from groupformer.training.pretraining import PretrainRecipe, pretrain
-from groupformer.training.run import prepare_output
+from groupformer.training.run import SaveOnInterrupt, prepare_output
 
 from .flash_stand_in import flash_attention_on_cpu  # noqa: F401
 from .helpers import randomize, tiny_config
@@ -144,6 +146,18 @@ import json, sys
 from groupformer.training.pretraining import PretrainRecipe, pretrain
 pretrain(PretrainRecipe(**json.loads(sys.argv[1])), sys.argv[2])
 """
+
+
+def test_ctrl_c_before_the_first_step_has_ended_stops_at_once(tmp_path):
+    callback = SaveOnInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        callback.handle(2, None)
+    state, control = TrainerState(epoch=0.5), TrainerControl()
+    callback.on_step_end(None, state, control)
+    callback.handle(2, None)  # waits for the step to end, and for its checkpoint
+    assert callback.on_step_end(None, state, control).should_save
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_save(None, state, control)
 
 
 @pytest.mark.slow

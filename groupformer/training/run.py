@@ -92,12 +92,14 @@ def is_whole(checkpoint: Path) -> bool:
 class SaveOnInterrupt(TrainerCallback):
     """Turns Ctrl-C into an orderly stop: the step ends, a checkpoint is saved, and KeyboardInterrupt is raised.
 
-    A callback of Trainer and a context around `trainer.train()`. A second Ctrl-C stops at once, without saving.
+    A callback of Trainer and a context around `trainer.train()`. A second Ctrl-C stops at once, without saving; so
+    does the first one before the first step has ended, while a long evaluation may run: there is nothing to save.
     Outside the main thread Python allows no handlers; there it does nothing.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.has_progress = False
         self.previous: Any = None
 
     def __enter__(self) -> "SaveOnInterrupt":
@@ -112,11 +114,12 @@ class SaveOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
 
     def handle(self, signal_number, frame) -> None:
-        if self.interrupted:
+        if self.interrupted or not self.has_progress:
             raise KeyboardInterrupt
         self.interrupted = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.has_progress = True
         # After the last step of an epoch its evaluation comes first, which a resumed run would not make up for.
         if self.interrupted and state.epoch != int(state.epoch):
             control.should_save = True
