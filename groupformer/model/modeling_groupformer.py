@@ -4,9 +4,8 @@
 One architecture, its variants chosen once when the model is built (`configuration_groupformer.py` describes the
 fields): KV heads, positions, norms, MLPs, biases, windows, causal or not. MHA, GQA and MQA run the same code.
 
-The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Attention goes through
-transformers' attention interface; module names are Llama's. The file also travels to the Hub as remote code, so it
-imports nothing but torch, transformers and the files beside it: configuration, masks, cache and loss.
+The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Module names are Llama's. It also
+travels to the Hub as remote code, so it imports nothing but torch, transformers and the files beside it.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
@@ -370,7 +369,8 @@ class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
         attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         if self.post_attention_layernorm is not None:
             normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.scale(attn_output) + self.scale(self.mlp(normed))
+        # Summed in the order of GPT-NeoX, Phi and Falcon: half precision rounds in between.
+        return self.scale(attn_output) + self.scale(self.mlp(normed)) + hidden_states
 
 
 LAYERS = {
@@ -424,8 +424,7 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     create_masks_for_generate = staticmethod(create_attention_masks)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
-        # Transformers asks here when the model is built and when the backend is set. Ours comes first, because its own
-        # check may load a kernel from the Hub.
+        # Asked when the model is built and when the backend is set. Transformers' own check may load a kernel.
         if attn_implementation is not None:
             check_backend(self.config, attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
