@@ -178,6 +178,12 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_field(fields):
         HealRecipe(**fields)
 
 
+@pytest.mark.parametrize("options, warns", [(dict(), True), (dict(method="mean"), False)])
+def test_a_merge_that_should_know_its_inputs_warns_without_them(options, warns, caplog):
+    groupformer.regroup(pair("llama")[1], 1, **options)
+    assert ("give calibration=token_ids, or --calibration FILE" in caplog.text) == warns
+
+
 def test_regroup_heals_what_it_merged():
     _, original = pair("llama")
     token_ids = random_ids(48, 24)
