@@ -26,6 +26,7 @@ from .shapes import Shape, fast_dtypes, llama, ours
 
 
 LLAMA, OURS = "transformers' Llama", "GroupFormer"
+WITHOUT_LOGITS = f"{OURS}, skip_logits"
 
 # Longer prompts take the other engines minutes a round before they decode their first token.
 PEERS_UP_TO = 1024
@@ -186,7 +187,10 @@ def training(setting: Setting) -> Iterator[dict[str, Any]]:
     """A training step with a large vocabulary: its time, and the peak memory of a process that does nothing else."""
     size = (setting.training_batch, setting.training_length)
     shape = setting.of(vocab_size=setting.training_vocab)
-    runs = {name: torch_runs.training_step(model, *size) for name, model in pair(shape, setting.device).items()}
+    models = pair(shape, setting.device)
+    models[WITHOUT_LOGITS] = ours(models[LLAMA])
+    models[WITHOUT_LOGITS].skip_logits = True
+    runs = {name: torch_runs.training_step(model, *size) for name, model in models.items()}
     seconds = alternate(runs, max(2, setting.rounds // 2))
     case = f"training step, {size[0]} rows of {size[1]}, vocabulary {shape.vocab_size}, float32"
     result = row(case, seconds, flops=shape.training_flops(*size), dtype="float32")
@@ -280,8 +284,9 @@ def peak_memory(setting: Setting, name: str) -> float:
     """Peak bytes of a process (on a GPU: of its tensors) that makes a model and does three training steps."""
     shape = setting.of(vocab_size=setting.training_vocab)
     model = llama(shape, setting.device)
-    if name == OURS:
+    if name != LLAMA:
         model = ours(model)
+        model.skip_logits = name == WITHOUT_LOGITS
     step = torch_runs.training_step(model, setting.training_batch, setting.training_length)
     if setting.device != "cpu":
         torch.cuda.reset_peak_memory_stats()

@@ -105,90 +105,69 @@ class GroupFormerConfig(PreTrainedConfig):
     r"""Configuration of every GroupFormer model. The defaults are the reference checkpoint (MHA, 10 M parameters).
 
     Args:
-        vocab_size (`int`, defaults to 16384):
-            Number of tokens of the vocabulary.
-        hidden_size (`int`, defaults to 256):
-            Width of the residual stream.
-        intermediate_size (`int`, defaults to 704):
-            Width inside the MLP.
-        num_hidden_layers (`int`, defaults to 8):
-            Number of layers.
-        num_attention_heads (`int`, defaults to 8):
-            Number of query heads.
-        num_key_value_heads (`int`, *optional*):
-            Number of key-value heads, the group count of grouped-query attention (Ainslie et al. 2023). `None` means
-            one for each query head: multi-head attention (Vaswani et al. 2017); 1 is multi-query attention (Shazeer
-            2019). It must divide `num_attention_heads`.
-        per_layer_config (`dict[int, dict]`, *optional*):
-            Transformers' heterogeneity: overrides for single layers, e.g. `{3: {"num_key_value_heads": 1}}`. Only
-            `num_key_value_heads`, `sliding_window`, `attention_multiplier` and `intermediate_size` may differ.
-        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
-            Width of one head.
-        position_embedding_type (`str`, defaults to `"rope"`):
-            `"learned"` (GPT-2), `"sinusoidal"` (Vaswani et al. 2017, section 3.5), `"rope"` (Su et al. 2021),
-            `"alibi"` (Press et al. 2022) or `"none"`.
-        max_position_embeddings (`int`, defaults to 2048):
-            Longest sequence that the positions are made for. Learned and sinusoidal positions refuse longer ones;
-            RoPE warns once; ALiBi and no positions have no limit.
-        position_offset (`int`, defaults to 0):
-            Row of the position table that the first token reads (OPT: 2). Learned positions only.
+        vocab_size (`int`, defaults to 16384): Number of tokens of the vocabulary.
+        hidden_size (`int`, defaults to 256): Width of the residual stream.
+        intermediate_size (`int`, defaults to 704): Width inside the MLP.
+        num_hidden_layers (`int`, defaults to 8): Number of layers.
+        num_attention_heads (`int`, defaults to 8): Number of query heads.
+        num_key_value_heads (`int`, *optional*): Number of key-value heads, the group count of grouped-query attention
+            (Ainslie et al. 2023). `None` means one for each query head: multi-head attention (Vaswani et al. 2017); 1
+            is multi-query attention (Shazeer 2019). It must divide `num_attention_heads`.
+        per_layer_config (`dict[int, dict]`, *optional*): Transformers' heterogeneity: overrides for single layers,
+            e.g. `{3: {"num_key_value_heads": 1}}`. Only `num_key_value_heads`, `sliding_window`,
+            `attention_multiplier` and `intermediate_size` may differ.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`): Width of one head.
+        position_embedding_type (`str`, defaults to `"rope"`): `"learned"` (GPT-2), `"sinusoidal"` (Vaswani et al.
+            2017, section 3.5), `"rope"` (Su et al. 2021), `"alibi"` (Press et al. 2022) or `"none"`.
+        max_position_embeddings (`int`, defaults to 2048): Longest sequence that the positions are made for. Learned
+            and sinusoidal positions refuse longer ones; RoPE warns once; ALiBi and no positions have no limit.
+        position_offset (`int`, defaults to 0): Row of the position table that the first token reads (OPT: 2). Learned
+            positions only.
         rope_parameters (`dict`, *optional*, defaults to the type `"default"` with a `rope_theta` of 10000):
             Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
-        no_rope_layers (`list[int]`, *optional*):
-            SmolLM3's and Llama 4's convention: one entry a layer, 1 where the layer uses RoPE, 0 where it has no
-            positions at all. RoPE only.
-        norm_type (`str`, defaults to `"rms_norm"`):
-            `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (Ba et al. 2016).
-        norm_eps (`float`, defaults to 1e-6):
-            Epsilon of every norm.
-        norm_bias (`bool`, defaults to `True`):
-            Whether LayerNorm has a bias. RMSNorm never has one.
-        norm_position (`str`, defaults to `"before"`):
-            `"before"` each sublayer (GPT-2, Llama), or `"after"` it and before the residual addition (OLMo 2).
-        embedding_norm (`bool`, defaults to `False`):
-            A norm right after the embeddings (BLOOM).
-        qk_norm (`str`, *optional*):
-            Norm of queries and keys before RoPE: `"head"`, each head by itself with one shared weight (Qwen 3), or
-            `"projection"`, over all heads together (OLMo 2).
-        mlp_type (`str`, defaults to `"gated"`):
-            `"gated"`, `down(act(gate(x)) * up(x))` (Shazeer 2020), or `"plain"`, `down(act(up(x)))` (GPT-2).
-        hidden_act (`str`, defaults to `"silu"`):
-            Activation of the MLP: any name in `transformers.activations.ACT2FN`.
-        parallel_residual (`bool`, defaults to `False`):
-            Attention and MLP side by side on the same residual (GPT-NeoX, Phi) instead of one after the other.
-        shared_parallel_norm (`bool`, defaults to `False`):
-            With `parallel_residual`, whether both sublayers read the same norm (Phi) or each its own (GPT-NeoX).
-        attention_bias, attention_output_bias, mlp_bias, lm_head_bias (`bool`, default to `False`):
-            Biases of the q/k/v projections, of the output projection, of the MLP, and of the LM head.
-        sliding_window (`int`, *optional*):
-            How many tokens, itself included, a token of a sliding layer looks back on; when bidirectional, how many it
-            sees to each side, itself not included.
-        layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer. By default every layer slides whose
-            `sliding_window` is set.
-        is_causal (`bool`, defaults to `True`):
-            `False` makes a bidirectional encoder of the same weights. It keeps no KV cache: `use_cache` is `False`.
-        embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0):
-            Granite's scalars: embeddings are multiplied by the first, each sublayer's output by the second, and the
-            logits are divided by the third.
-        attention_multiplier (`float`, *optional*, defaults to `head_dim ** -0.5`):
-            Factor of the attention scores.
-        attention_dropout, hidden_dropout, embedding_dropout (`float`, default to 0.0):
-            Dropout of attention probabilities, of each sublayer's output, and of the embeddings.
-        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout`):
-            Dropout before the token classification head.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of fresh weights.
-        use_cache (`bool`, defaults to `True`):
-            Whether the model returns a KV cache.
-        tie_word_embeddings (`bool`, defaults to `True`):
-            Whether the LM head is the embedding matrix.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
-            Special tokens; all must be inside the vocabulary.
-        family (`str`, *optional*):
-            Model type of the native checkpoint that this model was imported from; exporting returns to it.
-        native_config (`dict`, *optional*):
-            What the native config says beyond these fields, kept so that an export gives it back exactly.
+        no_rope_layers (`list[int]`, *optional*): SmolLM3's and Llama 4's convention: one entry a layer, 1 where the
+            layer uses RoPE, 0 where it has no positions at all. RoPE only.
+        norm_type (`str`, defaults to `"rms_norm"`): `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (Ba et
+            al. 2016).
+        norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
+        norm_bias (`bool`, defaults to `True`): Whether LayerNorm has a bias. RMSNorm never has one.
+        norm_position (`str`, defaults to `"before"`): `"before"` each sublayer (GPT-2, Llama), or `"after"` it and
+            before the residual addition (OLMo 2).
+        embedding_norm (`bool`, defaults to `False`): A norm right after the embeddings (BLOOM).
+        qk_norm (`str`, *optional*): Norm of queries and keys before RoPE: `"head"`, each head by itself with one
+            shared weight (Qwen 3), or `"projection"`, over all heads together (OLMo 2).
+        mlp_type (`str`, defaults to `"gated"`): `"gated"`, `down(act(gate(x)) * up(x))` (Shazeer 2020), or `"plain"`,
+            `down(act(up(x)))` (GPT-2).
+        hidden_act (`str`, defaults to `"silu"`): Activation of the MLP: any name in `transformers.activations.ACT2FN`.
+        parallel_residual (`bool`, defaults to `False`): Attention and MLP side by side on the same residual (GPT-NeoX,
+            Phi) instead of one after the other.
+        shared_parallel_norm (`bool`, defaults to `False`): With `parallel_residual`, whether both sublayers read the
+            same norm (Phi) or each its own (GPT-NeoX).
+        attention_bias, attention_output_bias, mlp_bias, lm_head_bias (`bool`, default to `False`): Biases of the q/k/v
+            projections, of the output projection, of the MLP, and of the LM head.
+        sliding_window (`int`, *optional*): How many tokens, itself included, a token of a sliding layer looks back on;
+            when bidirectional, how many it sees to each side, itself not included.
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer. By default
+            every layer slides whose `sliding_window` is set.
+        is_causal (`bool`, defaults to `True`): `False` makes a bidirectional encoder of the same weights. It keeps no
+            KV cache: `use_cache` is `False`.
+        embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0): Granite's scalars:
+            embeddings are multiplied by the first, each sublayer's output by the second, and the logits are divided by
+            the third.
+        attention_multiplier (`float`, *optional*, defaults to `head_dim ** -0.5`): Factor of the attention scores.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`, default to 0.0): Dropout of attention
+            probabilities, of each sublayer's output, and of the embeddings.
+        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout`): Dropout before the token classification
+            head.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        use_cache (`bool`, defaults to `True`): Whether the model returns a KV cache.
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the LM head is the embedding matrix.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; all must be inside the
+            vocabulary.
+        family (`str`, *optional*): Model type of the native checkpoint that this model was imported from; exporting
+            returns to it.
+        native_config (`dict`, *optional*): What the native config says beyond these fields, kept so that an export
+            gives it back exactly.
 
     Raises:
         ValueError: a field, or a combination of fields, that cannot be built. The message names the field, its value

@@ -433,8 +433,8 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         """The config's plans; a norm over whole projections needs these whole on every rank, as in OLMo 2."""
         super().init_parallel_plans()
         if self.config.qk_norm == "projection" and self.base_model is self:
-            whole = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
-            whole["o_proj"] = "rowwise_split_input"
+            whole = {"q_proj": "colwise_gather_output", "k_proj": "colwise_gather_output"}
+            whole |= {"v_proj": "colwise_gather_output", "o_proj": "rowwise_split_input"}
             self._tp_plan.update({f"layers.*.self_attn.{name}": style for name, style in whole.items()})
 
     @classmethod
@@ -715,11 +715,7 @@ class GroupFormerForTokenClassification(GroupFormerPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """As `GroupFormerModel.forward`, and:
-
-        Args:
-            labels (`torch.LongTensor`, *optional*): Class ids `(B, T)`; -100 is ignored.
-        """
+        """As `GroupFormerModel.forward`; `labels` are class ids `(B, T)`, of which -100 is ignored."""
         cache = accept_cache_alias(past_key_values, cache)
         outputs = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
