@@ -160,9 +160,7 @@ def describe_result(
 
 def say_that_class_changes(source: Source, layouts: Sequence[AttentionLayout], counts: Sequence[int]) -> None:
     """Tells before any work that the result is a GroupFormer, and why."""
-    now = short_counts(layouts)
-    wanted = counts[0] if len(set(counts)) == 1 else "a count by layer of"
+    wanted = f"{counts[0]} instead of {short_counts(layouts)}" if len(set(counts)) == 1 else "other counts by layer of"
     logger.warning(
-        f"{source.model_class.__name__} has {now} key-value heads and no way to say {wanted} key-value heads; "
-        "the result is a GroupFormer"
+        f"{source.model_class.__name__} has no config field for {wanted} key-value heads; the result is a GroupFormer"
     )
