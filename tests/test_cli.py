@@ -78,7 +78,6 @@ def test_a_device_that_is_not_there_is_refused_by_name(arguments, tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("finetune", "--task", "translation"), "error: task ('translation') is unknown; choose from causal-lm"),
         (("pretrain", "no-such-recipe.yaml"), "error: recipe (no-such-recipe.yaml) is not there; check the path"),
         (("tokenizer", "eval", "no-such-file.txt"), "error: file (no-such-file.txt) is not there; check the path"),
     ],
@@ -101,6 +100,7 @@ def test_debug_shows_the_traceback():
     [
         (("pretrain", "--no-such-option"), "No such option: --no-such-option"),
         (("import",), "Missing argument 'SRC'"),
+        (("finetune", "--task", "translation"), "Invalid value for '--task': 'translation' is not one of 'causal-lm'"),
         (("improt",), "No such command 'improt'"),
         (("bench", "hub_card", "--context", "0"), "Invalid value for '--context'"),
     ],
