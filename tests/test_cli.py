@@ -100,7 +100,7 @@ def test_debug_shows_the_traceback():
     [
         (("pretrain", "--no-such-option"), "No such option: --no-such-option"),
         (("import",), "Missing argument 'SRC'"),
-        (("finetune", "--task", "translation"), "Invalid value for '--task': 'translation' is not one of 'causal-lm'"),
+        (("finetune", "--task", "translation"), "Invalid value for '--task'"),
         (("improt",), "No such command 'improt'"),
         (("bench", "hub_card", "--context", "0"), "Invalid value for '--context'"),
     ],
