@@ -40,7 +40,7 @@ def evaluate(
 def plan(
     source: PreTrainedConfig | PreTrainedModel | str | Path,
     *,
-    context: int = 4096,
+    context: int | None = None,
     batch: int = 1,
     gpu_memory: float = 24.0,
     bandwidth: float = 1000.0,
@@ -51,7 +51,7 @@ def plan(
 
     Args:
         source: A config, a model, a folder or a Hub id; no weights are read.
-        context: Tokens of each sequence.
+        context: Tokens of each sequence. Default: 4096, or all positions where there are fewer.
         batch: Sequences decoded together.
         gpu_memory: Memory of the GPU, in GB (1e9 bytes).
         bandwidth: Bandwidth of that memory, in GB/s.
@@ -63,6 +63,7 @@ def plan(
     """
     config: Any = planning.load_config(source) if isinstance(source, (str, Path)) else source
     config = getattr(config, "config", config)
+    context = planning.check_context(config, context)
     return planning.plan(config, context, batch, planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype))
 
 

@@ -49,7 +49,8 @@ def test_plan_counts_what_the_command_counts(folder):
     expected = command("plan", folder)
     model = GroupFormerForCausalLM.from_pretrained(folder)
     for source in (folder, model.config, model):
-        assert [vars(row) for row in groupformer.plan(source)] == expected
+        rows = [vars(row) for row in groupformer.plan(source)]
+        assert rows == [{name: value for name, value in row.items() if name != "class"} for row in expected]
     with pytest.raises(ValueError, match=r"cache_dtype \(int3\) is unknown; choose float32, bfloat16"):
         groupformer.plan(model, cache_dtype="int3")
 

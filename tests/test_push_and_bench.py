@@ -143,4 +143,5 @@ def test_the_command_prints_a_table_or_json(folder):
 
 def test_a_prompt_beyond_the_positions_is_refused(folder):
     done = groupformer("bench", folder, "--context", 60, "--new-tokens", 10)
-    assert done.exit_code == 1 and "context + new_tokens (70) exceeds the 64 positions" in str(done.exception)
+    assert done.exit_code == 1
+    assert "--context and --new-tokens (60 + 10) exceed the 64 positions" in str(done.exception)

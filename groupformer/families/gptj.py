@@ -17,9 +17,10 @@ def read_rotary_dim(native: Any) -> dict[str, Any]:
     return {"rope_parameters": parameters}
 
 
-def write_rotary_dim(ours: Any) -> int | None:
-    factor = (ours.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    return int(ours.head_dim * factor) if ours.rope_parameters else None
+def write_rotary_dim(ours: Any) -> int:
+    if not ours.rope_parameters:
+        raise ValueError(f"position_embedding_type ({ours.position_embedding_type!r}) is not 'rope', which gptj needs")
+    return int(ours.head_dim * ours.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 FAMILY = Family(

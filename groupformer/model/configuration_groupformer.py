@@ -312,9 +312,11 @@ class GroupFormerConfig(PreTrainedConfig):
         )
 
     def __setattr__(self, name, value):
-        is_new = name not in vars(self) or vars(self)[name] != value  # transformers sets `is_causal` in every forward
+        has_changed = name not in vars(self) or vars(self)[name] != value
         super().__setattr__(name, value)
-        if is_new and "_given" in vars(self) and (name in self.__dataclass_fields__ or name == "per_layer_config"):
+        if "_given" not in vars(self) or (name not in self.__dataclass_fields__ and name != "per_layer_config"):
+            return
+        if has_changed or name in self._given:  # transformers sets `is_causal` in every forward
             given = self._given_fields()
             if name in given:
                 given[name] = value

@@ -64,7 +64,8 @@ def regroup(
         heal: How the merged attention learns from the present one on the calibration tokens: a recipe or its fields,
             `{}` for the defaults, `{"epochs": 0}` for the closed form alone. See `groupformer.heal`.
         seed: Of the method "random".
-        device, dtype: In which the layers are computed for calibration, one at a time.
+        device: Where the layers are computed for calibration, one at a time.
+        dtype: In which they are computed.
 
     Returns:
         A new model of the same dtype, device and mode, which shares no storage with the old one: of the same class
