@@ -111,6 +111,13 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
             assert not torch.isnan(output[0]).any()
 
 
+class BothCacheNames:
+    """Transformers 5.24 warns of the old name of a cache; here both names are taken, from 5.19 on."""
+
+    def test_bc_cache_name_forward(self):
+        self.skipTest("The old name of a cache is taken without a warning")
+
+
 class WithoutRope:
     """Transformers' tests of RoPE ask whether the config has a field `rope_parameters`, not whether it is used."""
 
@@ -137,21 +144,21 @@ class LlamaTest(Suite, TensorParallelTesterMixin, FSDPTesterMixin, unittest.Test
     options = {"num_key_value_heads": 2}
 
 
-class MhaLearnedTest(WithoutRope, Suite, TensorParallelTesterMixin, unittest.TestCase):
+class MhaLearnedTest(BothCacheNames, WithoutRope, Suite, TensorParallelTesterMixin, unittest.TestCase):
     options = {"num_key_value_heads": 4, **LEARNED}
 
 
-class GqaRopeTest(Suite, TensorParallelTesterMixin, FSDPTesterMixin, unittest.TestCase):
+class GqaRopeTest(BothCacheNames, Suite, TensorParallelTesterMixin, FSDPTesterMixin, unittest.TestCase):
     options = {"num_key_value_heads": 2}
 
 
-class MqaAlibiTest(WithoutRope, Suite, unittest.TestCase):
+class MqaAlibiTest(BothCacheNames, WithoutRope, Suite, unittest.TestCase):
     options = {"num_key_value_heads": 1, "position_embedding_type": "alibi"}
 
 
-class MhaLearnedBidirectionalTest(WithoutRope, Bidirectional, Suite, unittest.TestCase):
+class MhaLearnedBidirectionalTest(BothCacheNames, WithoutRope, Bidirectional, Suite, unittest.TestCase):
     options = {"num_key_value_heads": 4, "is_causal": False, **LEARNED}
 
 
-class GqaRopeBidirectionalTest(Bidirectional, Suite, unittest.TestCase):
+class GqaRopeBidirectionalTest(BothCacheNames, Bidirectional, Suite, unittest.TestCase):
     options = {"num_key_value_heads": 2, "is_causal": False}
