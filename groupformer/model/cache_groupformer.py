@@ -85,29 +85,26 @@ class GrowingLayer(DynamicLayer):
         if held == 0:  # a prompt stays as it is: whether tokens will follow is not known
             self.drop_buffers()
             return key_states, value_states
-        if self.buffers is None or not self.has_room_for(new):
+        # After a crop, say, the keys are others than were written last: what lies behind them may be in use elsewhere.
+        is_unchanged = self.written is not None and self.keys is self.written[0] and self.values is self.written[1]
+        # Memory that was made in inference mode cannot be written outside of it.
+        if (
+            self.buffers is not None
+            and is_unchanged
+            and self.end + new <= self.buffers[0].shape[2]
+            and (torch.is_inference_mode_enabled() or not self.buffers[0].is_inference())
+        ):
+            self.buffers[0][:, :, self.end : self.end + new] = key_states
+            self.buffers[1][:, :, self.end : self.end + new] = value_states
+            self.end += new
+        else:
             self.buffers = (
                 allocate_with_headroom(self.keys, key_states),
                 allocate_with_headroom(self.values, value_states),
             )
             self.end = held + new
-        else:
-            self.buffers[0][:, :, self.end : self.end + new] = key_states
-            self.buffers[1][:, :, self.end : self.end + new] = value_states
-            self.end += new
         start = self.end - held - new
         return self.buffers[0][:, :, start : self.end], self.buffers[1][:, :, start : self.end]
-
-    def has_room_for(self, new: int) -> bool:
-        """Whether the buffers end with what the layer holds, and have room for so many new tokens."""
-        if self.buffers is None or self.written is None:
-            return False
-        # After a crop, say, keys are another view: what lies behind them may be in somebody's hands.
-        is_unchanged = self.keys is self.written[0] and self.values is self.written[1]
-        buffer = self.buffers[0]
-        # Memory that was made in inference mode cannot be written outside of it.
-        is_writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-        return is_unchanged and is_writable and self.end + new <= buffer.shape[2]
 
     def drop_buffers(self) -> None:
         self.buffers = self.written = None

@@ -477,18 +477,6 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Embed the tokens: scale, add absolute positions, normalize, apply dropout."""
-        hidden_states = inputs_embeds
-        if self.config.embedding_multiplier != 1.0:
-            hidden_states = hidden_states * self.config.embedding_multiplier
-        if self.embed_positions is not None:
-            positions = self.embed_positions(position_ids + self.config.position_offset)
-            hidden_states = hidden_states + positions.to(hidden_states.dtype)
-        if self.embed_norm is not None:
-            hidden_states = self.embed_norm(hidden_states)
-        return self.embed_dropout(hidden_states)
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -531,7 +519,15 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if position_ids is None:
             position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cache)
         check_positions(self.config, position_ids)
-        hidden_states = self.embed(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        if self.config.embedding_multiplier != 1.0:
+            hidden_states = hidden_states * self.config.embedding_multiplier
+        if self.embed_positions is not None:
+            positions = self.embed_positions(position_ids + self.config.position_offset)
+            hidden_states = hidden_states + positions.to(hidden_states.dtype)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
+        hidden_states = self.embed_dropout(hidden_states)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
         for mask_name, decoder_layer in zip(running_mask_names(self), self.layers):
