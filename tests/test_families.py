@@ -170,12 +170,14 @@ def kinds() -> list[tuple[str, str]]:
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "kind"), kinds())
 def test_heads_come_along(name, kind, tmp_path):
-    native = native_model(name, next(iter(FAMILIES[name].examples)), kind, **LABELS)
+    # A span has a start and an end, whatever the labels; before 5.24 GPT-J's head had a row for each label.
+    labels = {} if kind == "ForQuestionAnswering" else LABELS
+    native = native_model(name, next(iter(FAMILIES[name].examples)), kind, **labels)
     ours = groupformer.import_model(native)
     ids = random_ids(3, 9, native.config.vocab_size)
     expected, got = native(ids).to_tuple(), ours(ids).to_tuple()
     assert relative_error(got[0], expected[0]) < TOLERANCE
-    assert ours.config.id2label == LABELS["id2label"]
+    assert ours.config.id2label == native.config.id2label
     exported = groupformer.export_model(ours)
     assert type(exported) is type(native)
     assert plain(exported.config) == plain(native.config)
