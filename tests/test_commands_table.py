@@ -272,8 +272,9 @@ def interrupted(arguments, seconds):
 @pytest.mark.parametrize("seconds", [1, 10])
 @pytest.mark.parametrize("command", ["eval", "regroup", "uptrain", "finetune", "pretrain"])
 def test_ctrl_c_is_one_line_and_leaves_nothing_or_a_checkpoint(command, seconds, sources, tmp_path):
-    (tmp_path / "long.txt").write_text(TEXT * 3000)
-    words = WITH_TEXT[command](sources / "whole", tmp_path / "long.txt", tmp_path / "out")
+    text = tmp_path / ("rows.jsonl" if command == "finetune" else "long.txt")  # a text file is one row
+    text.write_text((json.dumps({"text": TEXT * 30}) + "\n") * 100 if command == "finetune" else TEXT * 3000)
+    words = WITH_TEXT[command](sources / "whole", text, tmp_path / "out")
     long = {"uptrain": ["--tokens", "9999999"], "pretrain": ["--max-steps", "99999"], "finetune": ["--epochs", "999"]}
     long["regroup"] = ["--calibration-tokens", "9999999"]
     code, _, lines, errors = interrupted([command, *words, *long.get(command, [])], seconds)
