@@ -13,8 +13,8 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-# Logits at a time: 64 MiB in float32. Blocks above 32 MiB go back to the system when they are freed; smaller ones stay in
-# glibc's heap, whose gaps cost more memory than larger chunks do.
+# Logits at a time: 64 MiB in float32. Blocks above 32 MiB go back to the system when they are freed; smaller ones stay
+# in the heap, whose gaps cost more memory than larger chunks do.
 CHUNK_LOGITS = 2**24
 
 
