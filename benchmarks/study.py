@@ -183,7 +183,12 @@ def single_part(study: Study) -> None:
         for head in range(present // kv_heads):
             study.cell(
                 lambda kv_heads=kv_heads, head=head: study.evaluate(
-                    groupformer.regroup(with_another_first(study.model(), kv_heads, head), kv_heads, method="first")
+                    groupformer.regroup(
+                        with_another_first(study.model(), kv_heads, head),
+                        kv_heads,
+                        method="first",
+                        grouping="adjacent",
+                    )
                 ),
                 part="single",
                 kv_heads=kv_heads,
@@ -287,7 +292,10 @@ def speed_part(study: Study) -> None:
 
     @functools.cache
     def measured() -> dict[str, dict[str, Any]]:
-        models = {str(count): groupformer.regroup(study.model(), count, method="first") for count in counts}
+        models = {
+            str(count): groupformer.regroup(study.model(), count, method="first", grouping="adjacent")
+            for count in counts
+        }
         return {row["model"]: row for row in measure(models, **DECODING, rounds=5)}
 
     def decoding(count: int) -> dict[str, float]:
