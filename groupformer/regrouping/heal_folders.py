@@ -26,7 +26,8 @@ from ..conversion.folders import (
     written_aside,
 )
 from ..conversion.shards import MAX_SHARD_BYTES, Piece, unchanged, write_shards
-from .heal import HealRecipe, LayerReport, State, check_pair, heal_layers, split_batches
+from .heal import HealRecipe, LayerReport, check_pair, heal_layers, split_batches
+from .layer_by_layer import State
 from .result import is_groupformer
 from .sources import FolderSource
 from .streaming import Calibration
