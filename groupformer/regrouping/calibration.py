@@ -65,9 +65,9 @@ def measure_moments(
         load(source, model, layout.layer_path, device, dtype)
         moment = Moment.zeros(states[0].shape[-1])
         hook = model.get_submodule(f"{layout.path}.{layout.input_name}").register_forward_pre_hook(adder(moment))
-        for index, row in enumerate(states):
+        for row in states:
             output = layer(row, *args, **kwargs)
-            states[index] = output if isinstance(output, torch.Tensor) else output[0]
+            row.copy_(output if isinstance(output, torch.Tensor) else output[0])
         hook.remove()
         unload(layer)
         if not bool(torch.isfinite(moment.products).all()):
