@@ -32,8 +32,11 @@ def info_command(
     native = planning.load_config(source)
     config = cache.decoder_of(native)
     caches = cache.layer_caches(config)
-    facts = describe(config, caches, planning.parameter_counts(config)[0])
+    facts = {"model_type": native.get_text_config(decoder=True).model_type}
+    facts |= describe(config, caches, planning.parameter_counts(config)[0])
     facts |= describe_formats(native, caches)
+    if facts["model_type"] != config.model_type:
+        del facts["family"]  # a native model, described in the fields of a GroupFormer
     if as_json:
         print_json(facts)
         return
@@ -69,8 +72,7 @@ def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
     names = ["family", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
     names += ["max_position_embeddings", "position_embedding_type", "norm_type", "norm_position", "mlp_type"]
     names += ["hidden_act", "is_causal"]
-    facts: dict[str, Any] = {"model_type": config.model_type}
-    facts |= {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    facts = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
     facts["head_dim"] = caches[0].head_dim
     facts["parameters"] = parameters
     facts["cache_bytes_per_token"] = 2 * sum(layer.numbers(1) for layer in caches)

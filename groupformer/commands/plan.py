@@ -84,13 +84,17 @@ def plan_command(
             f"No count lets {batch} x {context:,} tokens fit in {gpu_memory:g} GB; choose a shorter --context, a "
             "smaller --batch, or --dtype int8"
         )
-    elif fitting.is_present:
-        typer.echo(f"Recommended: as it is; {fitting.sequences:,} sequences of {context:,} tokens fit")
+        return
+    wanted = planning.next_smaller(plans, fitting) if fitting.is_present else fitting
+    if fitting.is_present:
+        also = "" if wanted is None else f"; with {plural(int(wanted.kv_heads), 'KV head')} {wanted.sequences:,} would"
+        typer.echo(f"Recommended: as it is; {fitting.sequences:,} sequences of {context:,} tokens fit{also}")
     else:
         typer.echo(
             f"Recommended: {plural(int(fitting.kv_heads), 'KV head')}, the most with which {batch} x {context:,} "
             f"tokens fit; the result is a {held_by[fitting.kv_heads].result}"
         )
+    if wanted is not None:
         typer.echo(
-            f"next: groupformer regroup {source or 'SRC'} small --kv-heads {fitting.kv_heads} --calibration TEXT"
+            f"next: groupformer regroup {source or 'SRC'} small --kv-heads {wanted.kv_heads} --calibration TEXT"
         )

@@ -139,14 +139,23 @@ def recommend(plans: list[Plan], batch: int) -> Plan | None:
 
     `None` where none does.
     """
+    return next((each for each in reachable(plans) if each.sequences >= batch), None)
+
+
+def next_smaller(plans: list[Plan], above: Plan) -> Plan | None:
+    """The row with the next fewer KV heads that regroup can reach; `None` where there is none."""
+    return next((each for each in reachable(plans) if each.share < above.share), None)
+
+
+def reachable(plans: list[Plan]) -> list[Plan]:
+    """The row of the model as it is, and of the counts that regroup can give it, from many heads to few."""
     (present,) = [each for each in plans if each.is_present]
     now = present.kv_heads
-    reachable = [
+    return [
         each
         for each in plans
         if each.is_present or (each.share < 1 and (not isinstance(now, int) or now % int(each.kv_heads) == 0))
     ]
-    return next((each for each in reachable if each.sequences >= batch), None)
 
 
 def row(

@@ -1,0 +1,288 @@
+"""What fewer key-value heads give in a server: the same model with several head counts, in vLLM or llama.cpp.
+
+    python -m benchmarks.served runs/smollm2 runs/smollm2-1 --engine vllm --cache-mib 96
+    python -m benchmarks.served --random 1b --contexts 512 2048 --output runs/served-1b
+    python -m benchmarks.served runs/smollm2.gguf runs/smollm2-1.gguf --engine llama.cpp --tokenizer runs/smollm2
+
+Each checkpoint gets the engine's own server, all at once and idle but for the one that is measured; vLLM's benchmark
+client asks them in turn, so that a ratio compares neighbours. Printed beside each ratio is what `groupformer plan`
+predicts: the bytes that a step reads, over those of the first checkpoint, and the sequences that the cache holds.
+
+The client and vLLM's server run in an environment of their own, made by `make test-vllm` (--vllm names its folder);
+llama.cpp's server comes with the package `xllamacpp` in the environment of --llama-cpp.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from groupformer import GroupFormerTokenizer
+from groupformer.measuring.cache import cache_bytes_per_token
+from groupformer.measuring.planning import parameter_counts
+
+
+# Shapes of random models: (hidden_size, intermediate_size, layers, query heads, counts of KV heads).
+RANDOM = {"1b": (2048, 5632, 18, 32, (32, 8, 2)), "tiny": (256, 512, 2, 8, (8, 2))}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Server:
+    """A running server of one checkpoint.
+
+    Args:
+        name: The checkpoint's name in the tables.
+        config: Its folder, or that of the model that a GGUF file was written from.
+        cache_tokens: Tokens that the server says its cache holds; None where it does not say.
+    """
+
+    name: str
+    model: str
+    config: Path
+    port: int
+    cache_tokens: int | None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: float = 600) -> None:
+    """Returns when the server answers.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; with the end of its log.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(1)
+    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str], port: int, log: Path) -> Iterator[None]:
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=file, stderr=file)
+        try:
+            wait_until_ready(process, port, log)
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@contextmanager
+def vllm_server(checkpoint: Path, options: argparse.Namespace, log: Path) -> Iterator[Server]:
+    port = free_port()
+    longest = max(options.contexts) + options.new_tokens
+    command = [str(options.vllm / "bin" / "vllm"), "serve", str(checkpoint), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", options.dtype, "--max-model-len", str(longest)]
+    command += ["--kv-cache-memory-bytes", str(options.cache_mib << 20), "--no-enable-prefix-caching"]
+    command += ["--max-num-seqs", str(max(options.concurrency))] + (["--enforce-eager"] if options.eager else [])
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "groupformer"}
+    with running(command, environment, port, log):
+        said = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())
+        tokens = None if said is None else int(said[1].replace(",", ""))
+        yield Server(checkpoint.name, str(checkpoint), checkpoint, port, tokens)
+
+
+LLAMA_CPP = """
+import json, sys, time, xllamacpp
+options = json.loads(sys.argv[1])
+parameters = xllamacpp.CommonParams()
+parameters.model.path = options["model"]
+parameters.port, parameters.hostname = options["port"], "127.0.0.1"
+parameters.n_ctx, parameters.n_parallel, parameters.kv_unified = options["tokens"], options["slots"], True
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options["threads"]
+parameters.cache_type_k = parameters.cache_type_v = getattr(xllamacpp.ggml_type, options["cache_type"])
+server = xllamacpp.Server(parameters)
+while True:
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def llama_cpp_server(checkpoint: Path, options: argparse.Namespace, log: Path) -> Iterator[Server]:
+    """llama.cpp allots its cache by tokens, so each checkpoint gets as many as the memory of --cache-mib holds."""
+    port, config = free_port(), checkpoint.with_suffix("")
+    tokens = (options.cache_mib << 20) // bytes_per_token(config, options)
+    content = {
+        "model": str(checkpoint),
+        "port": port,
+        "tokens": tokens,
+        "slots": max(options.concurrency),
+        "threads": options.threads,
+        "cache_type": options.cache_type,
+    }
+    command = [str(options.llama_cpp / "bin" / "python"), "-c", LLAMA_CPP, json.dumps(content)]
+    with running(command, {}, port, log):
+        yield Server(checkpoint.name, str(checkpoint), config, port, tokens)
+
+
+ENGINES = {"vllm": vllm_server, "llama.cpp": llama_cpp_server}
+# Bytes of a cached number: blocks of 32 eight-bit numbers share a half precision scale in llama.cpp.
+CACHE_TYPE_BYTES = {"GGML_TYPE_F16": 2.0, "GGML_TYPE_Q8_0": 34 / 32}
+
+
+def bytes_per_token(config: Path, options: argparse.Namespace) -> int:
+    """Of the cache, as `groupformer plan` computes it."""
+    numbers = cache_bytes_per_token(AutoConfig.from_pretrained(config), torch.int8)
+    size = CACHE_TYPE_BYTES[options.cache_type] if options.engine == "llama.cpp" else DTYPE_BYTES[options.dtype]
+    return int(numbers * size)
+
+
+def ask(server: Server, context: int, concurrency: int, options: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second, milliseconds to the first token and for each further one: a run of vLLM's benchmark client."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(options.vllm / "bin" / "vllm"), "bench", "serve", "--backend", "openai"]
+        command += ["--base-url", f"http://127.0.0.1:{server.port}", "--model", server.model, "--disable-tqdm"]
+        command += ["--tokenizer", str(options.tokenizer or server.config), "--dataset-name", "random", "--ignore-eos"]
+        command += ["--random-input-len", str(context), "--random-output-len", str(options.new_tokens)]
+        command += ["--num-prompts", str(concurrency * options.waves), "--max-concurrency", str(concurrency)]
+        command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json", "--temperature", "0"]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the benchmark client failed:\n{done.stderr[-3000:]}")
+        result = json.loads((Path(folder) / "result.json").read_text())
+    if result["completed"] != concurrency * options.waves:
+        raise RuntimeError(f"{server.name} answered {result['completed']} of {concurrency * options.waves} requests")
+    names = {"tokens_per_second": "output_throughput", "first_ms": "median_ttft_ms", "next_ms": "median_tpot_ms"}
+    return {name: result[theirs] for name, theirs in names.items()}
+
+
+def predict(server: Server, context: int, concurrency: int, options: argparse.Namespace) -> dict[str, float]:
+    """`groupformer plan`'s bytes of a decoding step, and the sequences that the cache holds at once."""
+    config = AutoConfig.from_pretrained(server.config)
+    sequence = bytes_per_token(server.config, options) * (context + options.new_tokens)
+    held = int((options.cache_mib << 20) // sequence)
+    together = min(concurrency, held)
+    weights = parameter_counts(config)[1] * DTYPE_BYTES[options.dtype]
+    return {"fits": held, "bytes_per_token": (weights + together * sequence) / together if together else float("nan")}
+
+
+def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each context and concurrency, with the checkpoints in turn."""
+    rows = []
+    for context in options.contexts:
+        for concurrency in options.concurrency:
+            runs: list[list[dict[str, float]]] = [[] for _ in servers]
+            for _ in range(options.rounds):
+                for server, seen in zip(servers, runs):
+                    seen.append(ask(server, context, concurrency, options))
+            row = {"context": context, "concurrency": concurrency, "models": []}
+            for server, seen in zip(servers, runs):
+                medians = {name: statistics.median(run[name] for run in seen) for name in seen[0]}
+                row["models"].append({**asdict(server), **medians, **predict(server, context, concurrency, options)})
+            rows.append(row)
+            print("\n".join(lines(row)), flush=True)
+    return rows
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """A line for each model: speed, its ratio to the first model's, and the ratio that the bytes predict."""
+    first = row["models"][0]
+    return [
+        f"| {row['context']:,} | {row['concurrency']} | {model['name']} | {model['tokens_per_second']:,.1f} "
+        f"| {model['tokens_per_second'] / first['tokens_per_second']:.2f} "
+        f"| {first['bytes_per_token'] / model['bytes_per_token']:.2f} | {model['next_ms']:.1f} "
+        f"| {model['first_ms']:,.0f} | {model['fits']} | {model['cache_tokens'] or ''} |"
+        for model in row["models"]
+    ]
+
+
+COLUMNS = "context, at once, model, tokens/s, ratio, predicted, ms a token, ms to the first, fit, cache tokens"
+
+
+def random_models(kind: str, folder: Path) -> list[Path]:
+    """Llama-shaped models of random weights that differ in their KV heads alone, in bfloat16."""
+    hidden_size, intermediate_size, layers, heads, counts = RANDOM[kind]
+    tokenizer, folders = GroupFormerTokenizer(), []
+    for count in counts:
+        target = folder / f"random-{kind}-{count}"
+        folders.append(target)
+        if (target / "config.json").exists():
+            continue
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=count,
+            max_position_embeddings=16_384,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="The first is what the others are compared with.")
+    parser.add_argument("--random", choices=RANDOM, help="Models of random weights instead of checkpoints.")
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192])
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--waves", type=int, default=2, help="Requests for each that runs at once.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache-mib", type=int, default=256, help="Memory of the cache, the same for each model.")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
+    parser.add_argument("--cache-type", choices=CACHE_TYPE_BYTES, default="GGML_TYPE_F16", help="llama.cpp's.")
+    parser.add_argument("--threads", type=int, default=2, help="llama.cpp's.")
+    parser.add_argument("--eager", action="store_true", help="vLLM without compiling.")
+    parser.add_argument("--tokenizer", type=Path, help="Folder of the client's tokenizer. Default: the checkpoint's.")
+    parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm"))
+    parser.add_argument("--llama-cpp", type=Path, default=Path(".venv-llama-cpp"))
+    parser.add_argument("--output", type=Path, default=Path("runs/served"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    checkpoints = options.checkpoints or (random_models(options.random, options.output) if options.random else [])
+    if not checkpoints:
+        parser.error("nothing to serve; name checkpoints, or --random 1b")
+    with ExitStack() as stack:
+        servers = []
+        for checkpoint in checkpoints:
+            log = options.output / f"{checkpoint.name}.log"
+            servers.append(stack.enter_context(ENGINES[options.engine](checkpoint, options, log)))
+        names = COLUMNS.split(", ")
+        print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
+        rows = measure(servers, options)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings["checkpoints"] = [checkpoint.name for checkpoint in checkpoints]
+    (options.output / "served.json").write_text(
+        json.dumps({"settings": settings, "rows": rows}, indent=2, default=str)
+    )
+
+
+if __name__ == "__main__":
+    main()
