@@ -113,7 +113,8 @@ import json, sys, time, xllamacpp
 options = json.loads(sys.argv[1])
 parameters = xllamacpp.CommonParams()
 parameters.model.path = options["model"]
-parameters.port, parameters.hostname = options["port"], "127.0.0.1"
+parameters.port, parameters.hostnames = options["port"], ["127.0.0.1"]
+parameters.cache_prompt, parameters.cache_ram_mib = False, 0  # every prompt is read
 parameters.n_ctx, parameters.n_parallel, parameters.kv_unified = options["tokens"], options["slots"], True
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options["threads"]
 parameters.cache_type_k = parameters.cache_type_v = getattr(xllamacpp.ggml_type, options["cache_type"])
@@ -138,7 +139,7 @@ def llama_cpp_server(checkpoint: Path, options: argparse.Namespace, log: Path) -
     }
     command = [str(options.llama_cpp / "bin" / "python"), "-c", LLAMA_CPP, json.dumps(content)]
     with running(command, {}, port, log):
-        yield Server(checkpoint.name, str(checkpoint), config, port, tokens)
+        yield Server(config.name, str(checkpoint), config, port, tokens)
 
 
 ENGINES = {"vllm": vllm_server, "llama.cpp": llama_cpp_server}
