@@ -48,7 +48,7 @@ test-wheel: $(READY)  ## Build the package, and run the fast tests on its wheel 
 VLLM_VENV ?= .venv-vllm
 test-vllm: $(READY)  ## Run the tests in vLLM itself, in an environment of its own
 	test -x $(VLLM_VENV)/bin/vllm || $(BIN)/python scripts/make_vllm_environment.py $(VLLM_VENV)
-	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm.py tests/test_vllm_variants.py
+	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTEST) -m vllm tests/test_vllm*.py
 
 # Packages that only some tests need go into an environment of their own, which reads all others from ours.
 SERVING_VENV ?= .venv-serving

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
 from groupformer import GroupFormerConfig
 from groupformer.commands.main import app
-from groupformer.measuring.cache import decoder_of, layer_caches
+from groupformer.measuring.cache import LayerCache, decoder_of, layer_caches
 from groupformer.measuring.planning import Hardware, parameter_counts, plan
 
 
@@ -189,3 +189,29 @@ def test_the_page_is_what_plan_computes():
 @pytest.mark.parametrize(("name", "billions"), [("Llama 2 7B", 6.738), ("Llama 3 8B", 8.030), ("Llama 3 70B", 70.554)])
 def test_sizes_are_the_published_ones(name, billions):
     assert parameter_counts(decoder_of(config_of(CONFIGS[name])))[0] / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "window, block_size, prefill_chunk, kept",
+    [
+        (None, 1, 1, 1000),
+        (None, 128, 512, 1024),  # whole blocks
+        (256, 1, 1, 256),
+        (256, 1, 512, 767),  # the window of the chunk's first token, and the chunk
+        (256, 128, 512, 896),  # and a block more, as a window begins within one
+        (256, 1, 4096, 1000),  # never more than there is
+    ],
+)
+def test_engines_allot_blocks_and_chunks(window, block_size, prefill_chunk, kept):
+    assert LayerCache(3, 10, window).numbers(1000, block_size, prefill_chunk) == 2 * 3 * 10 * kept
+
+
+def test_the_command_counts_in_the_engines_blocks():
+    arguments = ["plan", "hub_card", "--gpu-memory", "1", "--context", "1000", "--json"]
+    plain, blocks = (
+        json.loads(CliRunner().invoke(app, [*arguments, *extra]).stdout) for extra in ([], ["--block-size", "128"])
+    )
+    room = [1e9 - row["weights"] for row in plain]
+    assert [row["sequences"] for row in plain] == [left // row["cache"] for left, row in zip(room, plain)]
+    assert [row["sequences"] for row in blocks] == [left // (row["cache"] * 1.024) for left, row in zip(room, plain)]
+    assert [row["cache"] for row in plain] == [row["cache"] for row in blocks]  # what a step reads

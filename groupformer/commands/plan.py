@@ -29,6 +29,13 @@ def plan_command(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of the cache. Default: as the weights, at least 16 bits.")
     ] = None,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Tokens whose cache the engine allots at once (vLLM: 16 on GPUs, 128 on CPUs).")
+    ] = 1,
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens read at once, which windows hold beside (vLLM: max-num-batched-tokens)."),
+    ] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, PDF, SVG).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +52,7 @@ def plan_command(
 
     if source is None and config is None:
         raise ValueError("nothing to plan; give a folder or Hub id, or the file of --config")
-    hardware = planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype)
+    hardware = planning.hardware(gpu_memory, bandwidth, dtype, cache_dtype, block_size, prefill_chunk)
     model = planning.load_config(source, config)
     context = planning.check_context(model, context)
     plans = planning.plan(model, context, batch, hardware)

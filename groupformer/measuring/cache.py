@@ -38,10 +38,18 @@ class LayerCache:
     head_dim: int
     window: int | None = None
 
-    def numbers(self, tokens: int) -> int:
-        """Numbers that the layer holds after so many tokens of one sequence."""
-        kept = tokens if self.window is None else min(tokens, self.window)
-        return 2 * self.kv_heads * self.head_dim * kept
+    def numbers(self, tokens: int, block_size: int = 1, prefill_chunk: int = 1) -> int:
+        """Numbers that the layer holds after so many tokens of one sequence, as engines allot them.
+
+        Args:
+            block_size: Tokens that are allotted at once.
+            prefill_chunk: Tokens that are read at once, which a window holds beside those before them.
+        """
+        kept = tokens if self.window is None else min(tokens, self.window - 1 + prefill_chunk)
+        blocks = -(-kept // block_size)
+        if self.window is not None and block_size > 1:
+            blocks += 1  # a window begins within a block
+        return 2 * self.kv_heads * self.head_dim * blocks * block_size
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -1,9 +1,9 @@
 """What a checkpoint's KV cache costs, from its config alone: memory, what fits, and the bound on decoding speed.
 
 The cache's bytes are those of `cache`. Beside the weights fit `floor((memory - weights) / cache of one sequence)`
-sequences. A decoding step reads every weight once (of untied input embeddings one row a token, which is neglected) and
-the whole cache, so it cannot be faster than those bytes divided by the memory's bandwidth (Ainslie et al. 2023,
-section 1, for why that bound is what is met).
+sequences, their cache in whole blocks where the engine allots blocks. A decoding step reads every weight once (of
+untied input embeddings one row a token, which is neglected) and the whole cache, so it cannot be faster than those
+bytes divided by the memory's bandwidth (Ainslie et al. 2023, section 1, for why that bound is what is met).
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,24 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 @dataclass(frozen=True)
 class Hardware:
-    """Bytes of memory, bytes a second that it is read with, and what numbers take."""
+    """Bytes of memory, bytes a second that it is read with, what numbers take, and how an engine allots its cache."""
 
     memory: float = 24e9
     bandwidth: float = 1e12
     weight_bytes: float = 2
     cache_bytes: float = 2
+    block_size: int = 1
+    prefill_chunk: int = 1
 
 
-def hardware(gpu_memory: float, bandwidth: float, dtype: str, cache_dtype: str | None = None) -> Hardware:
+def hardware(
+    gpu_memory: float,
+    bandwidth: float,
+    dtype: str,
+    cache_dtype: str | None = None,
+    block_size: int = 1,
+    prefill_chunk: int = 1,
+) -> Hardware:
     """A GPU of so many GB and GB/s; numbers of the cache take as many bits as the weights, and 16 at least.
 
     Raises:
@@ -44,7 +53,7 @@ def hardware(gpu_memory: float, bandwidth: float, dtype: str, cache_dtype: str |
         if value is not None and value not in BYTES:
             raise ValueError(f"{name} ({value}) is unknown; choose {', '.join(BYTES)}")
     cache_bytes = BYTES[cache_dtype] if cache_dtype else max(2, BYTES[dtype])
-    return Hardware(gpu_memory * 1e9, bandwidth * 1e9, BYTES[dtype], cache_bytes)
+    return Hardware(gpu_memory * 1e9, bandwidth * 1e9, BYTES[dtype], cache_bytes, block_size, prefill_chunk)
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,8 @@ def row(
     total, read = parameter_counts(config)
     numbers = sum(layer.numbers(context) for layer in caches)
     weights, sequence = total * hardware.weight_bytes, numbers * hardware.cache_bytes
+    blocks = (hardware.block_size, hardware.prefill_chunk)
+    allotted = sum(layer.numbers(context, *blocks) for layer in caches) * hardware.cache_bytes
     # A mixture of experts reads only some of its weights, how many depends on the batch: no bound is given.
     dense = not any((getattr(config, field, 0) or 0) > 1 for field in EXPERTS)
     step = (read * hardware.weight_bytes + batch * sequence) / hardware.bandwidth
@@ -180,7 +191,7 @@ def row(
         bytes_per_token=sum(layer.numbers(1) for layer in caches) * hardware.cache_bytes,
         weights=weights,
         cache=batch * sequence,
-        sequences=max(0, int((hardware.memory - weights) // sequence)),
+        sequences=max(0, int((hardware.memory - weights) // allotted)),
         tokens_per_second=batch / step if dense else None,
         share=numbers / present_numbers,
     )
