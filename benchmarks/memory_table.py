@@ -45,8 +45,9 @@ python benchmarks/memory_table.py    # writes this page
 ```
 
 Engines allot the cache in blocks, and a layer with a window holds the chunk of a prompt that is read beside it:
-`--block-size` and `--prefill-chunk` count so. With vLLM's numbers `plan` gives the sequences that vLLM 0.32 reports, exactly
-for a Llama, a Qwen 3, a Mixtral, a Gemma 3 with windows, counts by layer and an eight-bit cache (`tests/test_vllm_plan.py`).
+`--block-size` and `--prefill-chunk` count so. With vLLM's numbers `plan` gives the sequences that vLLM 0.32 reports,
+exactly for a Llama, a Qwen 3, a Mixtral, a Gemma 3 with windows, counts by layer and an eight-bit cache
+(`tests/test_vllm_plan.py`).
 
 | model | KV heads | weights | cache a token | cache, {CONTEXT:,} tokens | sequences in {MEMORY / 1e9:.0f} GB |
 | --- | --- | --- | --- | --- | --- |
