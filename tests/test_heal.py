@@ -1,7 +1,9 @@
 """Healing: the attention of a merged model gets closer to the original's, whatever the decoder, and nothing else."""
 
 import copy
+import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -13,13 +15,19 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
-from groupformer.regrouping.heal import HealRecipe, heal
+from groupformer.commands.regrouping import Grouping, Method
+from groupformer.regrouping.grouping import GROUPINGS
+from groupformer.regrouping.heal import heal
 from groupformer.regrouping.heal_folders import heal_folder
+from groupformer.regrouping.heal_jointly import divergence
+from groupformer.regrouping.heal_recipe import HealRecipe
+from groupformer.regrouping.merging import METHODS
 
 from .helpers import random_ids, randomize, tiny_config
 
 
-RECIPE = HealRecipe(epochs=4, batch_size=4, bf16=False)
+RECIPE = HealRecipe(epochs=4, batch_size=4, bf16=False, joint_epochs=0)
+JOINT = HealRecipe(epochs=1, batch_size=4, bf16=False, joint_epochs=2, joint_learning_rate=0.03)
 NATIVE = dict(
     vocab_size=99,
     hidden_size=32,
@@ -77,16 +85,74 @@ def distance(model, original, token_ids) -> float:
 def test_healing_brings_a_merged_model_closer_to_the_original_and_changes_its_attention_alone(name):
     model, original = pair(name)
     before, state = distance(model, original, random_ids(8, 24, seed=1)), copy.deepcopy(model.state_dict())
-    reports = heal(model, original, random_ids(48, 24), RECIPE)
+    report = heal(model, original, random_ids(48, 24), RECIPE)
     assert distance(model, original, random_ids(8, 24, seed=1)) < 0.9 * before
-    assert all(report.is_healed and report.healed < report.merged for report in reports)
+    assert report.joint is None and not report.failed
+    assert all(layer.is_healed and layer.healed < layer.merged for layer in report.layers)
+    check_attention_alone_changed(model, state)
+
+
+def check_attention_alone_changed(model, state):
     attention = {
         f".{place}." for place, child in decoder_layers(model)[0].named_children() if "Att" in str(type(child))
     }
     for key, tensor in model.state_dict().items():
         if not any(part in key for part in attention):
             assert torch.equal(tensor, state[key]), key
-    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "gemma2", "groupformer like gpt2"])
+def test_all_layers_together_come_closer_than_each_alone_and_change_their_attention_alone(name):
+    (model, original), (alone, _) = pair(name), pair(name)
+    token_ids, state = random_ids(128, 24), copy.deepcopy(model.state_dict())
+    recipe = dataclasses.replace(JOINT, layer_tokens=48 * 24, joint_learning_rate=0.02)
+    report = heal(model, original, token_ids, recipe)
+    heal(alone, original, token_ids, dataclasses.replace(recipe, joint_epochs=0))
+    held_out = random_ids(8, 24, seed=1)
+    assert distance(model, original, held_out) < 0.98 * distance(alone, original, held_out)
+    assert report.joint.is_healed and report.joint.after < report.joint.before
+    assert report.joint.before == pytest.approx(distance(alone, original, token_ids[-12:]), rel=1e-4)
+    assert report.joint.after == pytest.approx(distance(model, original, token_ids[-12:]), rel=1e-4)
+    check_attention_alone_changed(model, state)
+
+
+def test_steps_that_raise_the_divergence_are_taken_back():
+    _, original = pair("llama")
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        decoder_layers(model)[1].self_attn.v_proj.weight.mul_(1.1)
+    alone = copy.deepcopy(model)
+    wild = dataclasses.replace(JOINT, joint_learning_rate=30.0)
+    report = heal(model, original, random_ids(16, 24), wild)
+    heal(alone, original, random_ids(16, 24), dataclasses.replace(JOINT, joint_epochs=0))
+    assert report.failed == ["all layers together"] and report.joint.after == report.joint.before
+    for own, other in zip(model.parameters(), alone.parameters()):
+        assert torch.equal(own, other)
+
+
+def test_the_layers_read_a_part_of_the_text_and_the_joint_phase_all_of_it():
+    few, many = random_ids(4, 24), random_ids(12, 24)
+    assert torch.equal(few, many[:4])
+    (short, original), (long, _) = pair("llama"), pair("llama")
+    recipe = dataclasses.replace(RECIPE, layer_tokens=96)
+    assert heal(short, original, few, recipe) == heal(long, original, many, recipe)
+    steps = []
+    heal(long, original, many, JOINT, progress=lambda what, done, total: steps.append((what, done, total)))
+    assert steps[-1] == ("steps", 4, 4)  # 12 rows are 3 batches, of which one is held out
+
+
+def test_the_divergence_is_the_mean_over_tokens():
+    model, original = pair("llama")
+    ids = random_ids(2, 24)
+    assert float(divergence(model, original, ids).detach()) == pytest.approx(distance(model, original, ids), rel=1e-4)
+
+
+def test_a_model_without_a_head_is_healed_layer_by_layer():
+    model, original = (each.model for each in pair("llama"))
+    report = heal(model, original, random_ids(16, 24), JOINT)
+    assert report.joint is None and not report.failed
 
 
 def test_the_closed_form_alone_gives_the_attention_that_was_lost_where_a_linear_map_can():
@@ -95,8 +161,8 @@ def test_the_closed_form_alone_gives_the_attention_that_was_lost_where_a_linear_
     with torch.no_grad():
         for layer in decoder_layers(model):
             layer.self_attn.o_proj.weight.mul_(0.5)
-    reports = heal(model, original, random_ids(48, 24), HealRecipe(epochs=0, ridge=1e-9, bf16=False))
-    assert [report.solved < 1e-6 for report in reports] == [True, True]
+    reports = heal(model, original, random_ids(48, 24), HealRecipe(epochs=0, ridge=1e-9, bf16=False, joint_epochs=0))
+    assert [report.solved < 1e-6 for report in reports.layers] == [True, True]
     for own, other in zip(model.parameters(), original.parameters()):
         torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3)
 
@@ -104,8 +170,8 @@ def test_the_closed_form_alone_gives_the_attention_that_was_lost_where_a_linear_
 def test_a_model_that_lost_nothing_stays_bit_for_bit():
     _, original = pair("llama")
     model = copy.deepcopy(original)
-    reports = heal(model, original, random_ids(8, 16), RECIPE)
-    assert all(report.merged < 1e-12 for report in reports)
+    report = heal(model, original, random_ids(8, 16), JOINT)
+    assert report.joint is None and all(layer.merged < 1e-12 for layer in report.layers)
     for own, other in zip(model.parameters(), original.parameters()):
         assert torch.equal(own, other)
 
@@ -115,9 +181,8 @@ def test_a_layer_whose_loss_is_not_finite_keeps_its_merged_weights_and_is_named(
     with torch.no_grad():
         decoder_layers(model)[1].self_attn.v_proj.weight.fill_(3e38)
     state = copy.deepcopy(model.state_dict())
-    reports = heal(model, original, random_ids(16, 16), RECIPE)
-    assert [report.is_healed for report in reports] == [True, False]
-    assert reports[1].layer_idx == 1
+    report = heal(model, original, random_ids(16, 16), JOINT)
+    assert report.failed == ["layer 1", "all layers together"]
     for key, tensor in model.state_dict().items():
         if "layers.1." in key:
             assert torch.equal(tensor, state[key])
@@ -126,16 +191,16 @@ def test_a_layer_whose_loss_is_not_finite_keeps_its_merged_weights_and_is_named(
 def test_the_dtype_stays_and_healing_works_in_float32():
     model, original = (each.to(torch.bfloat16) for each in pair("llama"))
     before = distance(model, original, random_ids(8, 24, seed=1))
-    heal(model, original, random_ids(32, 24), RECIPE)
+    heal(model, original, random_ids(32, 24), JOINT)
     assert {parameter.dtype for parameter in [*model.parameters(), *original.parameters()]} == {torch.bfloat16}
     assert distance(model, original, random_ids(8, 24, seed=1)) < before
 
 
-def test_progress_is_told_of_each_layer():
+def test_progress_is_told_after_each_layer():
     model, original = pair("llama")
     seen = []
-    heal(model, original, random_ids(8, 16), RECIPE, progress=lambda report, layers: seen.append((report, layers)))
-    assert [(report.layer_idx, layers) for report, layers in seen] == [(0, 2), (1, 2)]
+    heal(model, original, random_ids(8, 16), RECIPE, progress=lambda *what: seen.append(what))
+    assert seen == [("layers", 1, 2), ("layers", 2, 2)]
 
 
 def other_original(**fields):
@@ -188,11 +253,11 @@ def test_regroup_heals_what_it_merged():
     _, original = pair("llama")
     token_ids = random_ids(48, 24)
     merged = groupformer.regroup(original, 1, calibration=token_ids)
-    healed = groupformer.regroup(original, 1, calibration=token_ids, heal={"epochs": 2, "bf16": False})
-    heal(merged, original, token_ids, HealRecipe(epochs=2, bf16=False))
+    healed = groupformer.regroup(original, 1, calibration=token_ids, heal={"epochs": 2, "joint_epochs": 1})
+    heal(merged, original, token_ids, HealRecipe(epochs=2, joint_epochs=1))
     for own, other in zip(healed.parameters(), merged.parameters()):
         assert torch.equal(own, other)
-    assert healed.config.regrouping[-1]["healing"] == {"tokens": 48 * 24, "epochs": 2}
+    assert healed.config.regrouping[-1]["healing"] == {"tokens": 48 * 24, "epochs": 2, "joint_epochs": 1}
 
 
 @pytest.mark.parametrize(
@@ -235,9 +300,9 @@ def files(folder):
 
 
 def test_a_folder_is_healed_as_the_model_in_memory_and_all_but_its_attention_is_copied(folders, tmp_path):
-    reports = heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
+    report = heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, JOINT)
     model, original = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("merged", "original"))
-    assert heal(model, original, IDS, RECIPE) == reports
+    assert heal(model, original, IDS, JOINT) == report and report.joint.is_healed
     healed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert healed.dtype == torch.bfloat16
     for (name, own), other in zip(healed.state_dict().items(), model.state_dict().values()):
@@ -245,7 +310,7 @@ def test_a_folder_is_healed_as_the_model_in_memory_and_all_but_its_attention_is_
     for name, tensor in load_file(folders / "merged" / "model.safetensors").items():
         same = torch.equal(tensor, load_file(tmp_path / "out" / "model.safetensors")[name])
         assert same != ("_proj" in name and "self_attn" in name), name
-    assert healed.config.regrouping[-1]["healing"] == {"tokens": 256, "epochs": 4}
+    assert healed.config.regrouping[-1]["healing"] == {"tokens": 256, "epochs": 1, "joint_epochs": 2}
     assert not list(tmp_path.glob(".*"))
 
 
@@ -254,26 +319,28 @@ def test_a_native_original_teaches_its_import(folders, tmp_path):
     original.save_pretrained(tmp_path / "original")
     student = groupformer.regroup(groupformer.import_model(original), 1, method="mean")
     student.save_pretrained(tmp_path / "merged")
-    reports = heal_folder(tmp_path / "merged", tmp_path / "original", tmp_path / "out", random_ids(16, 16), RECIPE)
-    assert all(report.healed < report.merged for report in reports)
+    report = heal_folder(tmp_path / "merged", tmp_path / "original", tmp_path / "out", random_ids(16, 16), JOINT)
+    assert not report.failed and report.joint.after < report.joint.before
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is GroupFormerForCausalLM
 
 
-def test_an_interrupted_run_leaves_no_target_and_resumes_to_the_same_bytes(folders, tmp_path):
+@pytest.mark.parametrize("at", ["layers", "steps"])
+def test_an_interrupted_run_leaves_no_target_and_resumes_to_the_same_bytes(at, folders, tmp_path):
     sources = (folders / "merged", folders / "original")
 
-    def interrupt(report, layers):
-        raise KeyboardInterrupt
+    def interrupt(what, done, total):
+        if what == at:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heal_folder(*sources, tmp_path / "out", IDS, RECIPE, progress=interrupt)
+        heal_folder(*sources, tmp_path / "out", IDS, JOINT, progress=interrupt)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="holds the layers of an interrupted run; pass --resume to go on"):
-        heal_folder(*sources, tmp_path / "out", IDS, RECIPE)
-    with pytest.raises(ValueError, match=r"epochs \(3\) was 4 in the run that"):
+        heal_folder(*sources, tmp_path / "out", IDS, JOINT)
+    with pytest.raises(ValueError, match=r"epochs \(3\) was 1 in the run that"):
         heal_folder(*sources, tmp_path / "out", IDS, HealRecipe(epochs=3, bf16=False), resume=True)
-    resumed = heal_folder(*sources, tmp_path / "out", IDS, RECIPE, resume=True)
-    assert heal_folder(*sources, tmp_path / "whole", IDS, RECIPE) == resumed
+    resumed = heal_folder(*sources, tmp_path / "out", IDS, JOINT, resume=True)
+    assert heal_folder(*sources, tmp_path / "whole", IDS, JOINT) == resumed
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 
@@ -291,9 +358,67 @@ def test_the_command_heals_and_says_what_it_gave(folders, tmp_path):
     arguments = ["heal", *sources, "--text", str(folders / "text.txt"), "--epochs", "1", "--row-length", "16"]
     outcome = CliRunner().invoke(app, [*arguments, "--json"])
     assert outcome.exit_code == 0, outcome.output
-    reports = json.loads(outcome.stdout)
-    assert [report["layer_idx"] for report in reports] == [0, 1]
-    assert all(report["healed"] < report["merged"] for report in reports)
+    report = json.loads(outcome.stdout)
+    assert [layer["layer_idx"] for layer in report["layers"]] == [0, 1]
+    assert all(layer["healed"] < layer["merged"] for layer in report["layers"])
+    assert report["joint"]["after"] < report["joint"]["before"]
     outcome = CliRunner().invoke(app, [*arguments, "--tokens", "16", "--overwrite"])
     assert outcome.exit_code == 1
     assert "healing needs at least 2 rows of 2 tokens; give more text, or shorter rows" in str(outcome.exception)
+
+
+def test_models_that_do_not_fit_into_memory_together_are_refused_before_any_work(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 100}.__getitem__)
+    with pytest.raises(ValueError, match="this machine has 0.0; pass --joint-epochs 0, which heals layer by layer"):
+        heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, JOINT)
+    assert not list(tmp_path.iterdir())
+    heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
+
+
+def regroup_arguments(folders, target, *more):
+    text = str(folders / "text.txt")
+    return ["regroup", str(folders / "original"), str(target), "--kv-heads", "1", "--calibration", text, *more]
+
+
+def test_regroup_merges_and_heals_in_one_command(folders, tmp_path):
+    done = CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "out", "--heal", "--heal-tokens", "1024"))
+    assert done.exit_code == 0, done.output
+    assert f"next:    groupformer eval {tmp_path / 'out'} --file TEXT" in done.stdout
+    assert f"groupformer uptrain {tmp_path / 'out'} --teacher {folders / 'original'} --data TEXT" in done.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_key_value_heads"] == 1
+    assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 4, "joint_epochs": 1}
+    assert "healed on 1,024 tokens" in (tmp_path / "out" / "README.md").read_text()
+    assert not list(tmp_path.glob(".*"))
+    assert CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "merged")).exit_code == 0
+    model, merged, original = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (tmp_path / "out", tmp_path / "merged", folders / "original")
+    )
+    tokenizer = GroupFormerTokenizer.from_pretrained(folders / "original")
+    ids = tokenizer("The river runs to the sea, and fish live in it.", return_tensors="pt").input_ids
+    assert distance(model, original, ids) < distance(merged, original, ids)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--resume"], "--resume needs --heal"),
+        (["--heal", "--heal-tokens", "8"], "healing needs at least 2 rows of 2 tokens"),
+    ],
+)
+def test_regroup_refuses_healing_that_cannot_be(options, message, folders, tmp_path):
+    done = CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "out", *options))
+    assert done.exit_code == 1 and message in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_regroup_without_text_cannot_heal(folders, tmp_path):
+    arguments = ["regroup", str(folders / "original"), str(tmp_path / "out"), "--kv-heads", "1", "--heal"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "--heal needs --calibration: the text to learn from" in str(done.exception)
+
+
+def test_the_choices_in_the_help_are_the_methods_and_groupings_that_there_are():
+    assert [method.value for method in Method] == list(METHODS)
+    assert [grouping.value for grouping in Grouping] == list(GROUPINGS)

@@ -1,10 +1,11 @@
 """`groupformer heal`: what a merge lost, won back layer by layer."""
 
+import dataclasses
 from typing import Annotated
 
 import typer
 
-from .regrouping import calibration_reader
+from .regrouping import HEAL_TOKENS, calibration_reader, healed_facts
 from .shared import (
     CONVERT,
     AsJson,
@@ -17,7 +18,7 @@ from .shared import (
     TextColumn,
     Tokenizer,
     checkpoint,
-    counting_bar,
+    phases_bar,
     print_json,
     print_outcome,
 )
@@ -34,9 +35,14 @@ def heal_command(
     ],
     target: Target,
     text: Annotated[list[str], typer.Option(help="Text to learn from: files, patterns; repeatable.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to read.")] = 65536,
-    epochs: Annotated[int, typer.Option(min=0, help="Passes over them; 0 is the closed form alone.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Highest, as a share of each weight's size.")] = 0.03,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to read.")] = HEAL_TOKENS,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Passes of each layer over the first 32,768 of them; 0: closed form alone.")
+    ] = 4,
+    joint_epochs: Annotated[
+        int, typer.Option(min=0, help="Passes of all layers together; 0: none, memory stays near one layer.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of the layers, as a share of each weight's size.")] = 0.03,
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
@@ -48,41 +54,35 @@ def heal_command(
 ) -> None:
     """Win back what a merge lost: the attention of SRC learns, layer by layer, what ORIGINAL's gives.
 
-    It streams: memory stays near one layer of each model, and nothing but the attention changes.
+    Then all layers together learn ORIGINAL's next tokens, with both models in memory. Only the attention changes.
 
     Example: groupformer heal small big healed --text book.txt
     """
     from ..conversion.loading import best_device
-    from ..regrouping.heal import HealRecipe, LayerReport
     from ..regrouping.heal_folders import heal_folder
+    from ..regrouping.heal_recipe import HealRecipe
 
     cost = Cost()
-    recipe = HealRecipe(epochs=epochs, learning_rate=learning_rate)
-    with counting_bar("healing", None, "layers") as advance:
-
-        def show(report: LayerReport, layers: int) -> None:
-            advance(1)
-
-        reports = heal_folder(
+    with phases_bar("healing") as progress:
+        report = heal_folder(
             student,
             original,
             target,
             calibration_reader(text, text_column, tokens, tokenizer, row_length),
-            recipe,
+            HealRecipe(epochs=epochs, joint_epochs=joint_epochs, learning_rate=learning_rate),
             device=best_device(device),
             resume=resume,
             overwrite=overwrite,
             max_shard_bytes=int(max_shard_size * 1e9),
-            progress=show,
+            progress=progress,
         )
-    rows = [[report.layer_idx, report.merged, report.solved, report.healed] for report in reports]
     if as_json:
-        print_json([vars(report) for report in reports])
+        print_json(dataclasses.asdict(report))
         return
     from .tables import print_table
 
+    rows = [[layer.layer_idx, layer.merged, layer.solved, layer.healed] for layer in report.layers]
     print_table("Relative error of what attention adds", ["layer", "merged", "closed form", "healed"], rows)
-    failed = [str(report.layer_idx) for report in reports if not report.is_healed]
-    if failed:
-        typer.echo(f"kept as they were merged (loss not finite, or not lower): layers {', '.join(failed)}", err=True)
-    print_outcome(f"{target}: healed", {"took": cost}, [f"groupformer eval {target} --file TEXT"])
+    lines = [f"groupformer eval {target} --file TEXT"]
+    lines.append(f"groupformer uptrain {target} --teacher {original} --data TEXT --tokens N")
+    print_outcome(f"{target}: healed", {**healed_facts(report), "took": cost}, lines)

@@ -1,6 +1,8 @@
 """`groupformer regroup`, `expand` and `uptrain`: fewer key-value heads, more of them, and what was lost won back."""
 
 import re
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +30,33 @@ from .shared import (
     checkpoint,
     describe_cache,
     describe_heads,
+    phases_bar,
     print_json,
     print_outcome,
     resumable,
     size_on_disk,
     stdout_for_results,
 )
+
+
+HEAL_TOKENS = 131_072
+
+
+class Method(str, Enum):
+    """The keys of `groupformer.regrouping.merging.METHODS`, which is not imported before it is needed."""
+
+    first = "first"
+    random = "random"
+    mean = "mean"
+    aligned = "aligned"
+    svd = "svd"
+
+
+class Grouping(str, Enum):
+    """The keys of `groupformer.regrouping.grouping.GROUPINGS`."""
+
+    adjacent = "adjacent"
+    similar = "similar"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -47,57 +70,88 @@ def regroup_command(
     target: Target,
     kv_heads: Annotated[str, typer.Option(help="New number of key-value heads; or by layer, e.g. 0:4,1:1; or auto.")],
     budget: Annotated[float | None, typer.Option(help="With auto: the share of the present cache to keep.")] = None,
-    method: Annotated[str, typer.Option(help="first, random, mean, aligned or svd.")] = "svd",
+    method: Annotated[Method, typer.Option(help="How a group of heads becomes one.")] = Method.svd,
     grouping: Annotated[
-        str | None,
-        typer.Option(
-            help="adjacent, or similar: the heads that lose least together. Default: similar, if they can move."
-        ),
+        Grouping | None,
+        typer.Option(help="Neighbours, or the heads that lose least together. Default: similar, if they can move."),
     ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text to measure the inputs on: files, patterns; repeatable.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read.")] = 16384,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Win back most of what is lost, by training on the text; minutes or more.")
+    ] = False,
+    heal_tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to read for that.")] = HEAL_TOKENS,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Of calibration. auto: float32.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Seed of the method random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="With --heal: go on with an interrupted run.")] = False,
     overwrite: ReplaceTarget = False,
     max_shard_size: ShardSize = 5.0,
 ) -> None:
     """Give a checkpoint fewer key-value heads: any decoder of transformers comes back as what it was.
 
-    It streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs. Where
-    the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer.
+    The merge streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs.
+    Where the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer. --heal is
+    `groupformer heal` with its defaults, which has more options.
 
-    Example: groupformer regroup HuggingFaceTB/SmolLM2-135M small --kv-heads 1 --calibration book.txt
+    Example: groupformer regroup HuggingFaceTB/SmolLM2-135M small --kv-heads 1 --calibration book.txt --heal
     """
     import torch
 
     from ..conversion.loading import best_device
     from ..measuring.planning import load_config
+    from ..regrouping.heal_folders import regroup_and_heal_folder
     from ..regrouping.streaming import regroup_folder
 
+    if heal and not calibration:
+        raise ValueError("--heal needs --calibration: the text to learn from")
+    if resume and not heal:
+        raise ValueError("--resume needs --heal: a merge alone begins again")
     cost = Cost()
+    heads = wanted_heads(kv_heads)
     reader = calibration_reader(calibration, text_column, calibration_tokens, tokenizer) if calibration else None
-    with bytes_bar("regrouping") as progress:
-        config = regroup_folder(
-            source,
-            target,
-            wanted_heads(kv_heads),
-            method=method,
-            grouping=grouping,
-            calibration=reader,
-            budget=budget,
-            seed=seed,
-            device=best_device(device),
-            dtype=torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value),
-            overwrite=overwrite,
-            max_shard_bytes=int(max_shard_size * 1e9),
-            progress=progress,
+    options: dict[str, Any] = dict(
+        method=method.value,
+        grouping=None if grouping is None else grouping.value,
+        calibration=reader,
+        budget=budget,
+        seed=seed,
+        device=best_device(device),
+        dtype=torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value),
+        overwrite=overwrite,
+        max_shard_bytes=int(max_shard_size * 1e9),
+    )
+    facts: dict[str, Any] = {}
+    if calibration and heal:
+        text = calibration_reader(calibration, text_column, heal_tokens, tokenizer)
+        with phases_bar("healing") as progress:
+
+            def merged(shard: int, shards: int, written: int, total: int) -> None:
+                progress("merged shards", shard, shards)
+
+            report = regroup_and_heal_folder(
+                source, target, heads, text, resume=resume, merge_progress=merged, progress=progress, **options
+            )
+        facts = healed_facts(report)
+    else:
+        with bytes_bar("regrouping") as merge_progress:
+            regroup_folder(source, target, heads, progress=merge_progress, **options)
+    print_made(target, load_config(str(target)), load_config(source), cost, source, facts)
+
+
+def healed_facts(report: Any) -> dict[str, str]:
+    """Figures of a healing; tells what could not be healed."""
+    if report.failed:
+        typer.echo(
+            f"not healed, because the loss was not finite or did not fall: {', '.join(report.failed)}", err=True
         )
-    print_made(target, config, load_config(source), cost)
+    if report.joint is None:
+        return {}
+    return {"KL": f"{report.joint.before:.3f} -> {report.joint.after:.3f} nats a token, by all layers together"}
 
 
 def expand_command(
@@ -124,16 +178,21 @@ def expand_command(
             max_shard_bytes=int(max_shard_size * 1e9),
             progress=progress,
         )
-    print_made(target, config, load_config(source), cost)
+    print_made(target, config, load_config(source), cost, source)
 
 
-def print_made(target: Path, config: Any, before: Any, cost: Cost) -> None:
+def print_made(
+    target: Path, config: Any, before: Any, cost: Cost, source: str, more: Mapping[str, Any] | None = None
+) -> None:
     """How both commands end."""
     name = config.architectures[0] if config.architectures else type(config).__name__
-    facts = {"cache": describe_cache(config, before), "size": size_on_disk(target), "took": cost}
+    facts = {"cache": describe_cache(config, before), "size": size_on_disk(target), **(more or {}), "took": cost}
+    entry = config.regrouping[-1]
     lines = [f"groupformer eval {target} --file TEXT"]
-    if config.regrouping[-1]["method"] != "expand":
-        lines.append(f"groupformer uptrain {target} --teacher ORIGINAL --data TEXT --tokens N")
+    if entry["method"] != "expand":
+        if not entry.get("healing"):
+            lines.append(f"groupformer heal {target} {source} DST --text TEXT")
+        lines.append(f"groupformer uptrain {target} --teacher {source} --data TEXT --tokens N")
     print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
 
 

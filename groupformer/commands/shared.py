@@ -249,3 +249,21 @@ def counting_bar(verb: str, total: int | None, unit: str) -> Iterator[Callable[[
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def phases_bar(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr of one phase after the other, with remaining time; gives the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(f"{verb}: {what}", total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield advance

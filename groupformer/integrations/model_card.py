@@ -39,7 +39,7 @@ def regrouping_lines(config: Any) -> list[str]:
         if entry.get("calibration_tokens"):
             facts.append(f"calibrated on {entry['calibration_tokens']:,} tokens")
         if entry.get("healing"):
-            facts.append(f"healed ({entry['healing']})")
+            facts.append(f"healed on {entry['healing']['tokens']:,} tokens")
         lines.append(f"{counts} KV heads: {', '.join(facts)}; GroupFormer {entry['version']}")
     return lines
 

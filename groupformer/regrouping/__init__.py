@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .expansion import expand
-from .heal import HealRecipe, as_recipe, split_batches
 from .heal import heal as heal_model
+from .heal import split_batches
+from .heal_recipe import HealRecipe, as_recipe
 from .memory import build_regrouped
 from .moments import check_calibration
 from .sources import ModelSource
@@ -91,7 +92,7 @@ def regroup(
     healing = None
     if recipe is not None and calibration is not None:
         split_batches(calibration, model.config, recipe)
-        healing = {"tokens": calibration.numel(), "epochs": recipe.epochs}
+        healing = {"tokens": calibration.numel(), "epochs": recipe.epochs, "joint_epochs": recipe.joint_epochs}
     result = describe_result(source, plan, plan.example_counts, calibration, healing)
     if result is None:
         ours = as_groupformer(model)

@@ -6,16 +6,17 @@ attention is to add `a + h - s`: then both streams are equal after it, whatever 
 of each token counts in relation to its streams, |error|² / (|h + a|² + |h - s|²), because the next norm divides by
 that.
 
-First the output projection is solved for in closed form (`solve_output`), then all of the attention's parameters are
+First the output projection is solved for in closed form (`Problem.solve`), then all of the attention's parameters are
 trained by AdamW on that error. Only one layer of each model is at work at a time, no logits are computed, and nothing
-but the attention changes. Any decoder of transformers can be healed whose layers have an attention module.
+but the attention changes. Then all layers learn together (`heal_jointly`), unless the recipe leaves that out. Any
+decoder of transformers can be healed whose layers have an attention module.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .attention import find_attention
+from .heal_jointly import JointReport, heal_jointly
+from .heal_recipe import HealRecipe, autocast, cosine_with_warmup, scaled_adamw
 from .layer_by_layer import Call, DecoderLayers, Layer, State, Streams
 from .moments import check_token_ids, longest_row
 from .sources import ModelSource, Source
@@ -34,58 +37,8 @@ BACKOFF = 0.3  # the learning rate's factor after an epoch that did not help
 
 
 @dataclass
-class HealRecipe:
-    """How a layer is healed.
-
-    Args:
-        epochs: Passes over the rows, at most.
-        batch_size: Rows in one step.
-        learning_rate: Highest of the cosine, as a share of the root mean square of each weight.
-        ridge: Of the closed form, as a share of the mean energy of the attention's features.
-        held_out: Share of the batches, at least one, on which the error is measured and no step is made.
-        patience: Epochs in a row without a lower error after which a layer is done.
-        bf16: Autocast in bfloat16. `None`: on GPUs and CPUs with matrix units for it.
-        seed: Of the order of the batches.
-    """
-
-    epochs: int = 4
-    batch_size: int = 4
-    learning_rate: float = 0.03
-    ridge: float = 0.01
-    held_out: float = 0.08
-    patience: int = 2
-    bf16: bool | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("patience", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
-        for name in ("learning_rate", "ridge"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, and finite")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out ({self.held_out}) must be above 0 and below 1, a share of the batches")
-
-
-def as_recipe(fields: HealRecipe | Mapping[str, Any] | None) -> HealRecipe | None:
-    """A recipe as it is, or made from its fields.
-
-    Raises:
-        ValueError: an unknown field, by name, or a value that makes no sense.
-    """
-    if fields is None or isinstance(fields, HealRecipe):
-        return fields
-    known = [field.name for field in dataclasses.fields(HealRecipe)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"heal has no field {unknown[0]!r}; choose from {', '.join(known)}")
-    return HealRecipe(**fields)
-
-
-@dataclass
 class LayerReport:
-    """What healing did to a layer.
+    """What healing did to a layer alone.
 
     Args:
         layer_idx: Its number.
@@ -101,25 +54,52 @@ class LayerReport:
     is_healed: bool
 
 
+@dataclass
+class HealReport:
+    """What healing did: to each layer alone, and then to all of them together, if they were."""
+
+    layers: list[LayerReport]
+    joint: JointReport | None = None
+
+    @property
+    def lost_something(self) -> bool:
+        """Whether any layer's attention differed from the original's."""
+        return any(report.merged > CLOSE for report in self.layers)
+
+    @property
+    def failed(self) -> list[str]:
+        """What kept its weights, because a loss was not finite or did not fall."""
+        failed = [f"layer {report.layer_idx}" for report in self.layers if not report.is_healed]
+        return failed + (["all layers together"] if self.joint is not None and not self.joint.is_healed else [])
+
+
+# Called with what is done ("layers" or "steps" of all layers together), how many are, and of how many.
+Progress = Callable[[str, int, int], None]
+
+
+def ignore_progress(what: str, done: int, total: int) -> None:
+    """The default `progress`."""
+
+
 def heal(
     model: Any,
     original: Any,
     token_ids: torch.Tensor,
     recipe: HealRecipe | None = None,
     *,
-    progress: Callable[[LayerReport, int], None] = lambda report, layers: None,
-) -> list[LayerReport]:
-    """Win back what a merge lost: train the attention of a regrouped model, in place, layer by layer.
+    progress: Progress = ignore_progress,
+) -> HealReport:
+    """Win back what a merge lost: train the attention of a regrouped model, in place.
 
     Args:
         model: The regrouped model; only the parameters of its attention change. Its dtype stays.
         original: The model that it was made from, of the same class.
         token_ids: LongTensor (rows, seq) of text like that which the model is for; 50,000 to 200,000 tokens.
         recipe: How. Default: `HealRecipe()`.
-        progress: Called with each layer's report and the number of layers.
+        progress: Called after each layer and each step of all layers together.
 
     Returns:
-        A report for each layer. Layers without loss are left as they are.
+        What it did. Layers without loss are left as they are.
 
     Raises:
         ValueError: an original of another class or shape, or token ids that are too few or not the model's.
@@ -127,17 +107,23 @@ def heal(
     recipe = recipe or HealRecipe()
     if model is original:
         raise ValueError("original is the model itself; give the model from before the merge")
-    device = str(model.device)
-    reports = []
-    for report, path, state in heal_layers(
-        ModelSource(model), ModelSource(original), token_ids, recipe, device=device
-    ):
+    reports = HealReport([])
+    layers = heal_layers(ModelSource(model), ModelSource(original), token_ids, recipe, device=str(model.device))
+    for report, path, state in layers:
         with torch.no_grad():
             for name, parameter in model.get_submodule(path).named_parameters():
                 parameter.copy_(state[name])
-        reports.append(report)
-        progress(report, model.config.get_text_config().num_hidden_layers)
+        reports.layers.append(report)
+        progress("layers", len(reports.layers), model.config.get_text_config().num_hidden_layers)
+    if is_joint(recipe, model) and reports.lost_something:
+        batches = split_batches(token_ids, model.config, recipe)
+        reports.joint = heal_jointly(model, original, batches, recipe, progress=partial(progress, "steps"))
     return reports
+
+
+def is_joint(recipe: HealRecipe, model: Any) -> bool:
+    """Whether the joint phase follows: it is asked for, and the model predicts tokens."""
+    return recipe.joint_epochs > 0 and model.get_output_embeddings() is not None
 
 
 @torch.no_grad()
@@ -165,7 +151,8 @@ def heal_layers(
         ValueError: as `heal`.
     """
     check_pair(student, teacher)
-    batches = split_batches(token_ids, student.config, recipe)
+    rows = max(2, recipe.layer_tokens // token_ids.shape[1])
+    batches = split_batches(token_ids[:rows], student.config, recipe)
     layouts = find_attention(student.model_class, student.config)
     own, other = (DecoderLayers(source, layouts, device) for source in (student, teacher))
     with autocast(torch.device(device), recipe.bf16):
@@ -261,7 +248,7 @@ class Problem:
     ):
         self.layer, self.calls, self.goals, self.weights = layer, calls, goals, weights
         self.energy, self.recipe = energy, recipe
-        self.learned = len(calls) - max(1, round(recipe.held_out * len(calls)))
+        self.learned = len(calls) - recipe.held_out_of(len(calls))
 
     def loss(self, index: int) -> torch.Tensor:
         """The relative error of a batch."""
@@ -297,7 +284,7 @@ class Problem:
         if not recipe.epochs:
             return kept, best
         share, epochs_without = 1.0, 0
-        optimizer = self._optimizer(parameters)
+        optimizer = scaled_adamw(parameters, recipe.learning_rate)
         steps = recipe.epochs * self.learned
         generator = torch.Generator().manual_seed(recipe.seed)
         for step in range(steps):
@@ -325,22 +312,8 @@ class Problem:
             if epochs_without >= recipe.patience:
                 break
             self.layer.load(kept)
-            optimizer, share = self._optimizer(parameters), share * BACKOFF
+            optimizer, share = scaled_adamw(parameters, recipe.learning_rate), share * BACKOFF
         return kept, best
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        """AdamW whose highest learning rate is a share of each weight's root mean square."""
-        sizes = [max(float(parameter.detach().square().mean().sqrt()), 1e-3) for parameter in parameters]
-        groups = [
-            {"params": [parameter], "highest": self.recipe.learning_rate * size}
-            for parameter, size in zip(parameters, sizes)
-        ]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def cosine_with_warmup(step: int, steps: int, warmup: int = 5) -> float:
-    """The share of the highest learning rate at a step."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class LeastSquares:
@@ -386,15 +359,4 @@ class LeastSquares:
             bias += change[size]
 
 
-def autocast(device: torch.device, bf16: bool | None) -> Any:
-    """Autocast in bfloat16, by default where the device multiplies faster in it."""
-    if bf16 is None:
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported()
-        else:
-            bf16 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    # Its cache of weights would not see them change.
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
-
-
-__all__ = ["HealRecipe", "LayerReport", "heal"]
+__all__ = ["HealRecipe", "HealReport", "LayerReport", "heal"]

@@ -140,6 +140,6 @@ def calibration_from_texts(
         input_ids += (begin + part)[:share]
         if len(input_ids) >= tokens:
             break
-    row_length = max(1, min(row_length, len(input_ids)))
+    row_length = max(1, min(row_length, tokens, len(input_ids)))
     rows = min(tokens, len(input_ids)) // row_length
     return torch.tensor(input_ids[: rows * row_length], dtype=torch.long).view(rows, row_length)
