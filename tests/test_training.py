@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from groupformer import GroupFormerForCausalLM, GroupFormerForSequenceClassification, GroupFormerTokenizer
-from groupformer.training.data import collate_flat, expand, pack, read_column
+from groupformer.training.data import collate_flat, expand, load_files, pack, read_column
 from groupformer.training.finetuning import FinetuneRecipe, finetune
 from groupformer.training.pretraining import PretrainRecipe, pretrain
 from groupformer.training.run import SaveOnInterrupt, prepare_output
@@ -445,3 +445,19 @@ def test_an_output_that_is_the_model_to_start_from_is_refused(tmp_path, options)
     with pytest.raises(ValueError, match="is, or lies inside, .*, which is read; choose another folder"):
         prepare_output(tmp_path, inputs=[str(tmp_path)], **flags)
     prepare_output(tmp_path / "tuned", inputs=[str(tmp_path)], **flags)  # loses nothing
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\rc", "\ufeffa mark of order\n\n", "é\x0b\x85z\n"])
+def test_text_files_are_read_as_datasets_reads_them_and_without_it(text, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    expected = list(load_files([path])["text"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert read_column([path]) == expected
+
+
+@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"\xff\xfe", "cannot be read: 'utf-8'")])
+def test_a_text_file_that_is_none_is_refused(content, message, tmp_path):
+    (tmp_path / "text.md").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_column([tmp_path / "text.md"])

@@ -48,11 +48,9 @@ def eval_command(
     Example: groupformer eval runs/reference --file 'books/test-*.parquet'
     """
     from ..conversion.loading import best_device
-    from ..conversion.sources import require
     from ..measuring.evaluation import evaluate_checkpoint
     from ..training.data import read_column
 
-    require("datasets", what="eval")
     bar_for_large(model)
     device = best_device(device)  # refused before a file is read
     texts = read_column(file, text_column)[:max_documents]

@@ -28,12 +28,10 @@ def train(
 
     Example: groupformer tokenizer train --prose 'textbooks/train-*.parquet' --code code/train.parquet --output tok
     """
-    from ..conversion.sources import require
     from ..training.data import read_column
     from ..training.run import prepare_output
     from ..training.tokenizer import train_tokenizer
 
-    require("datasets", what="tokenizer train")
     texts = read_column(prose, text_column)
     sources = read_column(code, text_column) if code else []
     prepare_output(output, resume=False, overwrite=overwrite)
@@ -56,11 +54,9 @@ def evaluate(
     """
     from .. import GroupFormerTokenizer
     from ..conversion.loading import load_tokenizer
-    from ..conversion.sources import require
     from ..training.data import read_column
     from ..training.tokenizer import evaluate_tokenizer
 
-    require("datasets", what="tokenizer eval")
     chosen = load_tokenizer(tokenizer, tokenizer) if tokenizer else GroupFormerTokenizer()
     texts = {name: read_column([name], text_column) for name in file}
     rows = evaluate_tokenizer(chosen, texts)

@@ -88,10 +88,28 @@ def matches(pattern: str | Path) -> list[Path]:
 
 
 def read_column(files: Iterable[str | Path], column: str = "text") -> list[str]:
-    """All texts of one column of the files, in order. Raises ValueError as `load_files` and `require_text` do."""
-    dataset = load_files(files)
+    """All texts of one column of the files, in order; text files are read without `datasets`.
+
+    Raises:
+        ValueError: as `load_files` and `require_text`.
+    """
+    paths = expand(files)
+    if column == "text" and all(BUILDERS.get(path.suffix.lower()) == "text" for path in paths):
+        return [read_text(path) for path in paths]
+    dataset = load_files(paths)
     require_text(dataset, column)
     return list(dataset[column])
+
+
+def read_text(path: Path) -> str:
+    """A text file as one text. Raises ValueError where it is empty or not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"files ({path}) cannot be read: {error}; check their format") from error
+    if not text:
+        raise ValueError(f"file ({path}) is empty; give one with at least one row")
+    return text
 
 
 def require_column(dataset: Any, column: str) -> None:
