@@ -13,12 +13,12 @@ LONGEST_PATH = 32  # characters; a longer path loses its beginning
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints rows under their column names; numbers are set to the right, floats with four digits.
+    """Prints a title, and rows under their column names; numbers are set to the right, floats with four digits.
 
     Nothing is cut: names of columns wrap between words, and paths in the first column lose what they have in common,
     or their beginning.
     """
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     cells = [list(row) for row in rows]
     for row, name in zip(cells, shortened([row[0] for row in cells])):
         row[0] = name
@@ -27,7 +27,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in cells:
         table.add_row(*(f"{cell:,.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    console.print(title, style="italic", highlight=False, markup=False)  # as a table's title it would be folded
+    console.print(table)
 
 
 def shortened(names: list[Any]) -> list[Any]:
