@@ -1,6 +1,7 @@
 """`groupformer import` and `groupformer export`: native checkpoints in, and out again."""
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ class Format(str, Enum):
 
     safetensors = "safetensors"
     gguf = "gguf"
+    decilm = "decilm"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -71,7 +73,11 @@ def export_command(
         str | None, typer.Option(help="Family to export to, e.g. llama. Default: the one it was imported from.")
     ] = None,
     file_format: Annotated[
-        Format, typer.Option("--format", help="gguf: one file for llama.cpp.")
+        Format,
+        typer.Option(
+            "--format",
+            help="gguf: one file for llama.cpp. decilm: Llama with KV heads by layer, for vLLM.",
+        ),
     ] = Format.safetensors,
     tokenizer: Annotated[
         bool, typer.Option("--tokenizer/--no-tokenizer", help="Whether a GGUF file holds the tokenizer too.")
@@ -97,6 +103,9 @@ def export_command(
             [f'llama-cli -m {target} -p "The river"'],
         )
         return
+    if file_format is Format.decilm:
+        export_decilm_command(source, target, family, overwrite, max_shard_size, cost)
+        return
     from ..conversion import export_folder
 
     with bytes_bar("exporting") as progress:
@@ -113,4 +122,24 @@ def export_command(
         f"{target}: {conversion.model_class.__name__}, bit for bit, {describe_heads(config)}",
         {"cache": describe_cache(config), "size": size_on_disk(target), "took": cost},
         [f"vllm serve {target}"],
+    )
+
+
+def export_decilm_command(
+    source: str, target: Path, family: str | None, overwrite: bool, max_shard_size: float, cost: Cost
+) -> None:
+    from ..conversion.decilm import export_decilm
+
+    if family is not None:
+        raise ValueError(f"--family ({family}) names a class of transformers; leave it out with --format decilm")
+    with bytes_bar("exporting") as progress:
+        config = export_decilm(
+            source, target, overwrite=overwrite, max_shard_bytes=int(max_shard_size * 1e9), progress=progress
+        )
+    queries = config["num_attention_heads"]
+    heads = [queries // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
+    print_outcome(
+        f"{target}: DeciLMForCausalLM, {queries} query heads on {min(heads)} to {max(heads)} KV heads by layer",
+        {"size": size_on_disk(target), "took": cost},
+        [f"vllm serve {target} --trust-remote-code"],
     )

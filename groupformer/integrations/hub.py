@@ -17,6 +17,7 @@ BELONGS = (
     "generation_config.json",
     "adapter_config.json",
     "*_groupformer.py",
+    "configuration_decilm.py",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

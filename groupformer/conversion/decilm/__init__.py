@@ -1,0 +1,6 @@
+"""A Llama whose layers differ in their key-value heads, for engines that know that as `DeciLMForCausalLM`."""
+
+from .writer import export_decilm
+
+
+__all__ = ["export_decilm"]

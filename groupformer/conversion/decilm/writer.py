@@ -1,0 +1,141 @@
+"""Writes a GroupFormer as `DeciLMForCausalLM` (model type nemotron-nas), Llama with its own counts in every layer.
+
+The format is that of NVIDIA's Nemotron NAS checkpoints. Its tensors have Llama's names, which are ours, so they pass
+from file to file as they are; only the config is written anew.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ...families.registry import FAMILIES
+from ...model.configuration_groupformer import GroupFormerConfig
+from ...model.modeling_groupformer import GroupFormerForCausalLM
+from ..checkpoint import open_checkpoint
+from ..configs import write_config
+from ..folders import (
+    class_name_of,
+    copy_companions,
+    free_tokenizer_of_our_code,
+    from_opened_folder,
+    read_json,
+    written_aside,
+)
+from ..shards import MAX_SHARD_BYTES, Progress, ignore_progress, unchanged, write_shards
+from ..weights import refuse_other_tensors, shapes_of
+
+
+CODE = Path(__file__).with_name("configuration_decilm.py")
+WIDTH_STEP = 256  # engines round an MLP's width up to a multiple of it
+
+
+@from_opened_folder
+def export_decilm(
+    source: str | Path,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = ignore_progress,
+) -> dict[str, Any]:
+    """A GroupFormer folder (or Hub id) of Llama's shape, its counts by layer included, as `DeciLMForCausalLM`.
+
+    Args:
+        source: Folder or Hub id of a causal GroupFormer.
+        target: Folder to write. Must not exist, unless `overwrite`. Tokenizer and generation config travel along.
+        overwrite: Whether to replace an existing target, once the new one is whole.
+        max_shard_bytes: Largest shard to write, in bytes; a larger tensor gets a shard of its own.
+        progress: Called with (shard, shards, bytes just written, bytes in all).
+
+    Returns:
+        The new config.json.
+
+    Raises:
+        ValueError: a field that Llama, or the format, cannot express, or a broken folder, by name. Nothing is written
+            then.
+    """
+    folder, target_folder = Path(source), Path(target).expanduser()
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != GroupFormerConfig.model_type:
+        raise ValueError(f"{source} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
+    config = GroupFormerConfig.from_pretrained(folder)
+    if class_name_of(config) not in (None, "GroupFormerForCausalLM"):
+        raise ValueError(f"architectures ({config.architectures}) is no causal language model; DeciLM is one")
+    new = decilm_config(config)
+    checkpoint = open_checkpoint(folder)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = [name for name in checkpoint.entries if name not in tied]
+    found = {name: checkpoint.entries[name].shape for name in names}
+    refuse_other_tensors(found, shapes_of(GroupFormerForCausalLM, config), checkpoint.where)
+    with written_aside(target_folder) as aside:
+        pieces = (unchanged(checkpoint, name) for name in names)
+        write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)
+        (aside / "config.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(CODE, aside / CODE.name)
+        copy_companions(folder, aside)
+        free_tokenizer_of_our_code(aside)
+    return new
+
+
+def decilm_config(config: GroupFormerConfig) -> dict[str, Any]:
+    """The config.json of `DeciLMForCausalLM`: Llama's, with a block for each layer.
+
+    Raises:
+        ValueError: a field, named with its value, that the format cannot express.
+    """
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act ({config.hidden_act!r}) cannot be expressed by DeciLM, whose MLPs use 'silu'")
+    llama = write_config(without_counts(config), FAMILIES["llama"])
+    fields = {name: value for name, value in llama.to_dict().items() if name not in REPLACED and value is not None}
+    rope = dict(llama.rope_parameters)
+    return {
+        **fields,
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+        "block_configs": [block_of(config, layer) for layer in config.per_layer_config],
+        "rope_theta": rope["rope_theta"],  # engines that do not know `rope_parameters` read these two
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+
+
+# Fields of Llama that are one for all layers.
+REPLACED = ("num_key_value_heads", "intermediate_size", "architectures", "model_type", "transformers_version")
+
+
+def without_counts(config: GroupFormerConfig) -> GroupFormerConfig:
+    """The same config, as if all layers had the first one's key-value heads and MLP width."""
+    fields, first = config.to_dict(), list(config.per_layer_config)[0]
+    layers = fields.pop("per_layer_config", None) or {}
+    uniform = {name: getattr(first, name) for name in ("num_key_value_heads", "intermediate_size")}
+    layers = {
+        layer: {name: value for name, value in overrides.items() if name not in uniform}
+        for layer, overrides in layers.items()
+    }
+    if any(layers.values()):
+        fields["per_layer_config"] = {layer: overrides for layer, overrides in layers.items() if overrides}
+    return GroupFormerConfig(**{**fields, **uniform})
+
+
+def block_of(config: GroupFormerConfig, layer: PreTrainedConfig) -> dict[str, Any]:
+    """One layer's entry of `block_configs`."""
+    if layer.intermediate_size % WIDTH_STEP:
+        raise ValueError(
+            f"intermediate_size ({layer.intermediate_size}) cannot be expressed by DeciLM, whose engines round it up "
+            f"to a multiple of {WIDTH_STEP}; keep the GroupFormer format, which vLLM runs through the plugin"
+        )
+    return {
+        "attention": {
+            "n_heads_in_group": config.num_attention_heads // layer.num_key_value_heads,
+            "no_op": False,
+            "replace_with_linear": False,
+        },
+        "ffn": {
+            "ffn_mult": 3 * layer.intermediate_size / (2 * config.hidden_size),
+            "no_op": False,
+            "replace_with_linear": False,
+        },
+    }
