@@ -1,6 +1,7 @@
 """Regrouping from folder to folder: the same as in memory, whole or not at all, and within little memory."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerModel, GroupFormerTokenizer
 from groupformer.commands.main import app
 from groupformer.commands.regrouping import wanted_heads
+from groupformer.regrouping.processes import Processes
 from groupformer.regrouping.streaming import regroup_folder
 
 from .helpers import random_ids, randomize, tiny_config
@@ -111,6 +113,32 @@ def test_other_words_for_counts_are_refused(text, message):
     with pytest.raises(ValueError) as refusal:
         wanted_heads(text)
     assert message in str(refusal.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "norms"])
+def test_two_processes_share_out_the_merge(tmp_path, folder, calibrated):
+    tokenizer = GroupFormerTokenizer()
+    model = randomize(GroupFormerForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=3)))
+    source = save(model, tmp_path / "text-model")
+    tokenizer.save_pretrained(source)
+    (tmp_path / "text.txt").write_text("A river runs to the sea. " * 300, encoding="utf-8")
+    arguments = ["--kv-heads", "2", *(["--calibration", str(tmp_path / "text.txt")] if calibrated else [])]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupformer"]
+    two = [sys.executable, *launcher, "regroup", str(source), str(tmp_path / "two"), *arguments]
+    done = subprocess.run(two, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert CliRunner().invoke(app, ["regroup", str(source), str(tmp_path / "one"), *arguments]).exit_code == 0
+    one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == both.keys()
+    for name in one:
+        torch.testing.assert_close(both[name], one[name], rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "source", "text-model", "text.txt", "two"]
+
+
+def test_fewer_rows_than_processes_are_refused():
+    with pytest.raises(ValueError, match="calibration has 3 rows for 4 processes; give more text, or start fewer"):
+        Processes(rank=0, count=4).rows(CALIBRATION)
 
 
 # Refusals: nothing is written, nothing that existed is touched ------------------------------------------------------

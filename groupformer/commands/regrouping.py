@@ -96,7 +96,8 @@ def regroup_command(
 
     The merge streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs.
     Where the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer. --heal is
-    `groupformer heal` with its defaults, which has more options.
+    `groupformer heal` with its defaults, which has more options. Processes that torchrun or `accelerate launch` starts
+    share out the merge.
 
     Example: groupformer regroup HuggingFaceTB/SmolLM2-135M small --kv-heads 1 --calibration book.txt --heal
     """
@@ -105,12 +106,16 @@ def regroup_command(
     from ..conversion.loading import best_device
     from ..measuring.planning import load_config
     from ..regrouping.heal_folders import regroup_and_heal_folder
+    from ..regrouping.processes import Processes
     from ..regrouping.streaming import regroup_folder
 
     if heal and not calibration:
         raise ValueError("--heal needs --calibration: the text to learn from")
     if resume and not heal:
         raise ValueError("--resume needs --heal: a merge alone begins again")
+    processes = Processes.from_environment()
+    if heal and processes.count > 1:
+        raise ValueError("--heal works in one process; regroup in several, then start `groupformer heal` in one")
     cost = Cost()
     heads = wanted_heads(kv_heads)
     reader = calibration_reader(calibration, text_column, calibration_tokens, tokenizer) if calibration else None
@@ -139,7 +144,9 @@ def regroup_command(
         facts = healed_facts(report)
     else:
         with bytes_bar("regrouping") as merge_progress:
-            regroup_folder(source, target, heads, progress=merge_progress, **options)
+            regroup_folder(source, target, heads, progress=merge_progress, processes=processes, **options)
+    if not processes.is_first:
+        return
     print_made(target, load_config(str(target)), load_config(source), cost, source, facts)
 
 

@@ -15,6 +15,7 @@ from .layers import LayerProblem
 from .layouts import AttentionLayout
 from .moments import Moment
 from .probing import build_on_meta
+from .processes import ALONE, Processes
 from .request import Request, check_counts
 from .result import Result, find_result, short_counts, with_provenance
 from .sources import Source
@@ -74,11 +75,13 @@ class Moments(Protocol):
 class StoredMoments:
     """Moments that wait in files, one for each layer."""
 
-    def __init__(self, folder: Path, moments: Iterator[Moment]):
+    def __init__(self, folder: Path, moments: Iterator[Moment], processes: Processes):
         self.paths: list[Path] = []
         for layer_idx, moment in enumerate(moments):
             self.paths.append(folder / f"moment-{layer_idx}.pt")
-            torch.save(vars(moment), self.paths[-1])
+            if processes.is_first:
+                torch.save(vars(moment), self.paths[-1])
+        processes.wait()
 
     def __getitem__(self, layer_idx: int) -> Moment:
         return Moment(**torch.load(self.paths[layer_idx], weights_only=True))
@@ -102,6 +105,7 @@ def find_moments(
     scratch: Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    processes: Processes = ALONE,
 ) -> Moments:
     """The moment of each layer's inputs, measured on token ids (batch, seq) or told by the norms.
 
@@ -116,8 +120,9 @@ def find_moments(
                 "tokens); give calibration=token_ids, or --calibration FILE"
             )
         return NormMoments(source, plan.layouts)
-    measured = measure_moments(source, plan.layouts, token_ids, device=device, dtype=dtype)
-    return list(measured) if scratch is None else StoredMoments(scratch, measured)
+    rows = processes.rows(token_ids)
+    measured = processes.added(measure_moments(source, plan.layouts, rows, device=device, dtype=dtype))
+    return list(measured) if scratch is None else StoredMoments(scratch, measured, processes)
 
 
 def choose_counts(source: Source, plan: Plan, moments: Moments) -> list[int]:

@@ -5,7 +5,6 @@ are, only looked at for NaN. The result appears whole or not at all.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from .expansion import expanded_tensors, plan_expansion
 from .layouts import AttentionLayout
 from .moments import check_calibration
 from .probing import build_on_meta
+from .processes import ALONE, Processes
 from .result import Result, is_groupformer
 from .sources import FolderSource
 from .steps import (
@@ -68,6 +68,7 @@ def regroup_folder(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = ignore_progress,
+    processes: Processes = ALONE,
 ) -> PreTrainedConfig:
     """A decoder's folder (or Hub id) to one with fewer key-value heads; see `groupformer.regroup`.
 
@@ -79,6 +80,7 @@ def regroup_folder(
         overwrite: Whether to replace an existing target, once the new one is whole.
         max_shard_bytes: Largest shard to write, in bytes; a larger layer gets a shard of its own.
         progress: Called with (shard, shards, bytes just written, bytes in all).
+        processes: Those that work at it together, each of which calls this function; the first one writes.
 
     Returns:
         The new config.
@@ -97,12 +99,14 @@ def regroup_folder(
     if result is None:
         check_importable(checkpoint)
         say_that_class_changes(checkpoint, plan.layouts, plan.example_counts)
-    with written_aside(target_folder) as aside, tempfile.TemporaryDirectory(dir=aside) as scratch:
+    with processes.workspace(target_folder) as (aside, scratch):
         if result is None:
-            import_folder(folder, Path(scratch) / "groupformer")
-            checkpoint = FolderSource(Path(scratch) / "groupformer")
+            if processes.is_first:
+                import_folder(folder, scratch / "groupformer")
+            processes.wait()
+            checkpoint = FolderSource(scratch / "groupformer")
             plan = plan_regrouping(checkpoint, *options)
-        moments = find_moments(checkpoint, plan, token_ids, Path(scratch), device, dtype)
+        moments = find_moments(checkpoint, plan, token_ids, scratch, device, dtype, processes)
         counts = choose_counts(checkpoint, plan, moments)
         if result is None or counts != plan.example_counts:
             result = describe_result(checkpoint, plan, counts, token_ids)
@@ -114,9 +118,13 @@ def regroup_folder(
             originals = checkpoint.read_module(plan.layouts[layer_idx].path)
             return new_layouts[layer_idx].write_heads(heads, originals)
 
-        pieces = regrouped_pieces(checkpoint, plan.layouts, result, changed_layers(plan, counts), merged)
-        write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)
-        write_beside_weights(checkpoint, result, aside)
+        changed = changed_layers(plan, counts)
+        pieces = regrouped_pieces(
+            checkpoint, plan.layouts, result, changed, processes.share_out(changed, merged, scratch)
+        )
+        if processes.is_first:
+            write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)
+            write_beside_weights(checkpoint, result, aside)
     return result.config
 
 
