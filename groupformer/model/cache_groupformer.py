@@ -11,8 +11,6 @@ working, because a layer writes in place only where its keys and values are the 
 a reordering or an assignment they are others, and the next update copies them into a buffer of their own: a tensor
 that was taken out of the cache never changes.
 
-This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
-
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
@@ -68,22 +66,10 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self.written = self.append(key_states, value_states)
-        return self.keys, self.values
-
-    def can_grow(self, key_states: torch.Tensor) -> bool:
-        """Whether tokens may be written in place; elsewhere transformers' own way is taken, which copies."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if not self.is_initialized or not self.keys.numel():
-            return True
-        return self.keys.shape[:2] == key_states.shape[:2] and self.keys.dtype == key_states.dtype
-
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Held and new keys and values, (B, G, S, D)."""
         held, new = (self.keys.shape[2] if self.keys.numel() else 0), key_states.shape[2]
         if held == 0:  # a prompt stays as it is: whether tokens will follow is not known
             self.drop_buffers()
+            self.keys, self.values = self.written = key_states, value_states
             return key_states, value_states
         # After a crop, say, the keys are others than were written last: what lies behind them may be in use elsewhere.
         is_unchanged = self.written is not None and self.keys is self.written[0] and self.values is self.written[1]
@@ -103,8 +89,17 @@ class GrowingLayer(DynamicLayer):
                 allocate_with_headroom(self.values, value_states),
             )
             self.end = held + new
-        start = self.end - held - new
-        return self.buffers[0][:, :, start : self.end], self.buffers[1][:, :, start : self.end]
+        seen = slice(self.end - held - new, self.end)
+        self.keys, self.values = self.written = self.buffers[0][:, :, seen], self.buffers[1][:, :, seen]
+        return self.keys, self.values
+
+    def can_grow(self, key_states: torch.Tensor) -> bool:
+        """Whether tokens may be written in place; elsewhere transformers' own way is taken, which copies."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if not self.is_initialized or not self.keys.numel():
+            return True
+        return self.keys.shape[:2] == key_states.shape[:2] and self.keys.dtype == key_states.dtype
 
     def drop_buffers(self) -> None:
         self.buffers = self.written = None
@@ -128,19 +123,19 @@ class GrowingSlidingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `GrowingLayer.update`, with the keys and values that the window's tokens can see."""
-        if self.record_past or not self.can_grow(key_states):
-            self.drop_buffers()
-            return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.written is None:  # not in place: the original has kept the window
+            return keys, values
         self.cumulative_length += key_states.shape[2]
-        keys, values = self.append(key_states, value_states)
         first = max(0, keys.shape[2] - self.sliding_window + 1)
         held = keys[:, :, first:], values[:, :, first:]
         if self.buffers is None and first > 0:  # a long prompt, of which only the window is to stay in memory
             held = held[0].clone(), held[1].clone()
         self.keys, self.values = self.written = held
         return keys, values
+
+    def can_grow(self, key_states: torch.Tensor) -> bool:
+        return not self.record_past and super().can_grow(key_states)
 
 
 GROWING_LAYERS: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingWindowLayer}

@@ -32,14 +32,28 @@ DERIVED_FIELDS = (
 )
 
 # What a Hub repository of ours says about its code, so that all Auto classes find it with `trust_remote_code=True`.
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 AUTO_MAP = {
     "AutoConfig": "configuration_groupformer.GroupFormerConfig",
     "AutoModel": "modeling_groupformer.GroupFormerModel",
-    "AutoModelForCausalLM": "modeling_groupformer.GroupFormerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_groupformer.GroupFormerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_groupformer.GroupFormerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_groupformer.GroupFormerForQuestionAnswering",
+    **{f"AutoModel{head}": f"modeling_groupformer.GroupFormer{head}" for head in HEADS},
 }
+
+# The smallest legal values of numbers.
+MINIMUMS = (
+    (1, ("vocab_size", "hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")),
+    (0, ("num_hidden_layers", "position_offset")),
+    (0.0, ("norm_eps", "initializer_range")),
+)
+
+# Fields that can only be set where another field has a certain value.
+REQUIREMENTS = (
+    ("parallel_residual", "norm_position", "before"),
+    ("shared_parallel_norm", "parallel_residual", True),
+    ("rope_parameters", "position_embedding_type", "rope"),
+    ("no_rope_layers", "position_embedding_type", "rope"),
+    ("position_offset", "position_embedding_type", "learned"),
+)
 
 
 def divisors(number: int) -> list[int]:
@@ -55,12 +69,10 @@ def choices(options) -> str:
 
 def derive_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the derived fields are where they are not given, from the other fields of the same config."""
-    heads, rope = fields["num_attention_heads"], fields["position_embedding_type"] == "rope"
+    heads, layer_count = fields["num_attention_heads"], fields["num_hidden_layers"]
+    rope = fields["position_embedding_type"] == "rope"
     layers = {int(layer_idx): layer for layer_idx, layer in (fields.get("per_layer_config") or {}).items()}
-    windows = (
-        layers.get(layer_idx, {}).get("sliding_window", fields.get("sliding_window"))
-        for layer_idx in range(fields["num_hidden_layers"])
-    )
+    windows = [layers.get(i, {}).get("sliding_window", fields["sliding_window"]) for i in range(layer_count)]
     return {
         "head_dim": fields["hidden_size"] // heads if heads > 0 else None,
         "num_key_value_heads": heads,
@@ -79,16 +91,13 @@ def restore_given(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_layers(fields: Mapping[str, Any], num_hidden_layers: int) -> dict[str, Any]:
-    """The fields with one entry a layer, without entries for further layers."""
-    types, layers = fields.get("layer_types"), fields.get("per_layer_config")
-    return {
-        **({"layer_types": types[:num_hidden_layers]} if types else {}),
-        **(
-            {"per_layer_config": {i: each for i, each in layers.items() if int(i) < num_hidden_layers}}
-            if layers
-            else {}
-        ),
-    }
+    """The fields that have an entry a layer, without the entries of further layers."""
+    shorter: dict[str, Any] = {}
+    if types := fields.get("layer_types"):
+        shorter["layer_types"] = types[:num_hidden_layers]
+    if layers := fields.get("per_layer_config"):
+        shorter["per_layer_config"] = {i: layer for i, layer in layers.items() if int(i) < num_hidden_layers}
+    return shorter
 
 
 def _check_per_layer_fields(fields) -> None:
@@ -121,8 +130,7 @@ class GroupFormerConfig(PreTrainedConfig):
             2017, section 3.5), `"rope"` (Su et al. 2021), `"alibi"` (Press et al. 2022) or `"none"`.
         max_position_embeddings (`int`, defaults to 2048): Longest sequence that the positions are made for. Learned
             and sinusoidal positions refuse longer ones; RoPE warns once; ALiBi and no positions have no limit.
-        position_offset (`int`, defaults to 0): Row of the position table that the first token reads (OPT: 2). Learned
-            positions only.
+        position_offset (`int`, defaults to 0): Row of the learned positions that the first token reads (OPT: 2).
         rope_parameters (`dict`, *optional*, defaults to the type `"default"` with a `rope_theta` of 10000):
             Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
         no_rope_layers (`list[int]`, *optional*): SmolLM3's and Llama 4's convention: one entry a layer, 1 where the
@@ -139,8 +147,7 @@ class GroupFormerConfig(PreTrainedConfig):
         mlp_type (`str`, defaults to `"gated"`): `"gated"`, `down(act(gate(x)) * up(x))` (Shazeer 2020), or `"plain"`,
             `down(act(up(x)))` (GPT-2).
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP: any name in `transformers.activations.ACT2FN`.
-        parallel_residual (`bool`, defaults to `False`): Attention and MLP side by side on the same residual (GPT-NeoX,
-            Phi) instead of one after the other.
+        parallel_residual (`bool`, defaults to `False`): Attention and MLP side by side (GPT-NeoX, Phi), not in turn.
         shared_parallel_norm (`bool`, defaults to `False`): With `parallel_residual`, whether both sublayers read the
             same norm (Phi) or each its own (GPT-NeoX).
         attention_bias, attention_output_bias, mlp_bias, lm_head_bias (`bool`, default to `False`): Biases of the q/k/v
@@ -151,31 +158,24 @@ class GroupFormerConfig(PreTrainedConfig):
             every layer slides whose `sliding_window` is set.
         is_causal (`bool`, defaults to `True`): `False` makes a bidirectional encoder of the same weights. It keeps no
             KV cache: `use_cache` is `False`.
-        embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0): Granite's scalars:
-            embeddings are multiplied by the first, each sublayer's output by the second, and the logits are divided by
-            the third.
+        embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0): Granite's scalars: factors
+            of the embeddings and of each sublayer's output, and what logits are divided by.
         attention_multiplier (`float`, *optional*, defaults to `head_dim ** -0.5`): Factor of the attention scores.
         attention_dropout, hidden_dropout, embedding_dropout (`float`, default to 0.0): Dropout of attention
             probabilities, of each sublayer's output, and of the embeddings.
-        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout`): Dropout before the token classification
-            head.
+        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout`): Dropout before the head over tokens.
         initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
         use_cache (`bool`, defaults to `True`): Whether the model returns a KV cache.
         tie_word_embeddings (`bool`, defaults to `True`): Whether the LM head is the embedding matrix.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; all must be inside the
-            vocabulary.
-        family (`str`, *optional*): Model type of the native checkpoint that this model was imported from; exporting
-            returns to it.
-        native_config (`dict`, *optional*): What the native config says beyond these fields, kept so that an export
-            gives it back exactly.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens, inside the vocabulary.
+        family (`str`, *optional*): Model type that the model was imported from, and to which an export returns.
+        native_config (`dict`, *optional*): What the native config says beyond these fields, which an export returns.
 
     Raises:
-        ValueError: a field, or a combination of fields, that cannot be built. The message names the field, its value
-            and what to choose instead.
+        ValueError: fields that cannot be built. The message names the field, its value and what to choose instead.
 
     ```python
     >>> from groupformer import GroupFormerConfig, GroupFormerForCausalLM
-
     >>> config = GroupFormerConfig(num_attention_heads=8, num_key_value_heads=2)  # GQA: 4 query heads share a KV head
     >>> model = GroupFormerForCausalLM(config)
     ```"""
@@ -262,21 +262,17 @@ class GroupFormerConfig(PreTrainedConfig):
         (`from_pretrained(path, num_hidden_layers=2)`) are its first ones.
         """
         for name in ("attn_implementation", "_attn_implementation"):
-            chosen = config_dict.get(name)
-            backends = chosen.values() if isinstance(chosen, dict) else [chosen]
-            if any(isinstance(backend, str) and "/" in backend for backend in backends):
+            if "/" in str(config_dict.get(name)):  # a name, or a dictionary of them
                 raise ValueError(
-                    f"{name} ({chosen!r}) in a config would fetch code from the Hub; take it out there, and pass it "
-                    "to from_pretrained if you trust it"
+                    f"{name} ({config_dict[name]!r}) in a config would fetch code from the Hub; take it out there, "
+                    "and pass it to from_pretrained if you trust it"
                 )
         if "derived_fields" in config_dict:
             config_dict = restore_given(config_dict)
         else:  # from before they were named: a value that equals the derived one counts as derived
             defaults = {name: field.default for name, field in cls.__dataclass_fields__.items()}
             derived = derive_fields({**defaults, **config_dict})
-            config_dict = {
-                name: value for name, value in config_dict.items() if name not in derived or value != derived[name]
-            }
+            config_dict = {name: v for name, v in config_dict.items() if name not in derived or v != derived[name]}
         names = {*cls.__dataclass_fields__, "per_layer_config", "rope_scaling", "rope_theta", "partial_rotary_factor"}
         overrides = {name: kwargs.pop(name) for name in (names - {"dtype"}) & set(kwargs)}
         if "num_hidden_layers" in overrides:
@@ -288,14 +284,12 @@ class GroupFormerConfig(PreTrainedConfig):
         for name, value in restore_given({**vars(self), **named}).items():
             setattr(self, name, value)
         # Transformers completes this dictionary in place, so it gets a copy: the caller's stays as it was.
-        legacy = {name: kwargs.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
-        rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
-        rope_parameters = {**{name: value for name, value in legacy.items() if value is not None}, **rope_parameters}
+        legacy = ("rope_theta", "partial_rotary_factor")
+        rope_parameters = {name: value for name in legacy if (value := kwargs.pop(name, None)) is not None}
+        rope_parameters |= copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
         self.rope_parameters = None
-        per_layer_config = {
-            int(layer_idx): dict(overrides)
-            for layer_idx, overrides in (kwargs.pop("per_layer_config", None) or {}).items()
-        }
+        layers = kwargs.pop("per_layer_config", None) or {}
+        per_layer_config = {int(layer_idx): dict(overrides) for layer_idx, overrides in layers.items()}
         _check_per_layer_fields(field for overrides in per_layer_config.values() for field in overrides)
         self._check_sizes()
         # A config loaded from the Hub names its code as "repo--module.Class"; the code travels with every save of
@@ -306,7 +300,7 @@ class GroupFormerConfig(PreTrainedConfig):
             name: reference.split("--")[-1] if isinstance(reference, str) else reference
             for name, reference in auto_map.items()
         }
-        given = {name: getattr(self, name) for name in DERIVED_FIELDS if name in self.__dataclass_fields__}
+        given = {name: vars(self).get(name) for name in DERIVED_FIELDS}
         self._derive(
             {**given, "rope_parameters": rope_parameters or None, "per_layer_config": per_layer_config or None}
         )
@@ -314,126 +308,97 @@ class GroupFormerConfig(PreTrainedConfig):
     def __setattr__(self, name, value):
         has_changed = name not in vars(self) or vars(self)[name] != value
         super().__setattr__(name, value)
-        if "_given" not in vars(self) or (name not in self.__dataclass_fields__ and name != "per_layer_config"):
-            return
-        if has_changed or name in self._given:  # transformers sets `is_causal` in every forward
-            given = self._given_fields()
-            if name in given:
-                given[name] = value
+        # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
+        is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
+        if is_relevant and "_derived" in vars(self):
+            given = {**self._given_fields(), name: value}
             if name == "num_hidden_layers":
                 given |= first_layers(given, value)
             self._derive(given)
 
     def _derive(self, given: dict[str, Any]) -> None:
-        """Set every derived field: to what is given for it, completed, or to what follows from the other fields."""
-        self.__dict__.pop("_given", None)  # while it is missing, setting a field derives nothing
+        """Set every derived field: to what is given for it, completed, or to what follows from the other fields.
+
+        `_derived` remembers of each what was given and what it became. While it is missing, setting a field derives
+        nothing.
+        """
+        self.__dict__.pop("_derived", None)
         try:
             self.per_layer_config = None  # while it is set, transformers forbids reading what differs by layer
             derived = derive_fields({**vars(self), "per_layer_config": given["per_layer_config"]})
             if given["label2id"] == derived["label2id"]:  # transformers sets both where it is given `num_labels`
                 given = {**given, "label2id": None}
-            for name in ("head_dim", "num_key_value_heads", "layer_types", "label2id"):
-                setattr(self, name, derived[name] if given[name] is None else given[name])
+            for name, value in derived.items():
+                setattr(self, name, value if given[name] is None else copy.deepcopy(given[name]))
             self.use_cache = given["use_cache"] and self.is_causal
-            self.rope_parameters = copy.deepcopy(given["rope_parameters"])
             if self.position_embedding_type == "rope":
                 self.convert_rope_params_to_dict()
             self.per_layer_config = given["per_layer_config"]
-            gates = {name: how for name, how in type(self).base_model_tp_plan.items() if name.endswith("gate_proj")}
-            plan = {**(self.base_model_tp_plan or {}), **gates}
-            self.base_model_tp_plan = {n: how for n, how in plan.items() if self.mlp_type == "gated" or n not in gates}
         finally:
-            self._derived = {name: copy.deepcopy(self._value(name)) for name in DERIVED_FIELDS}
-            self._given = given
+            self._derived = {name: (given[name], copy.deepcopy(self._value(name))) for name in DERIVED_FIELDS}
 
     def _value(self, name: str) -> Any:
-        """The field's value for the whole model; for `per_layer_config` whether there is one."""
-        return self.is_heterogeneous if name == "per_layer_config" else vars(self)[name]
+        """The field's value for the whole model; `per_layer_config` is `True` where there is one, else `None`."""
+        return (self.is_heterogeneous or None) if name == "per_layer_config" else vars(self)[name]
 
     def _given_fields(self) -> dict[str, Any]:
         """What each derived field was given as. A value that was changed in place since then is a given one too."""
-        if "_given" not in vars(self):
-            return {}
-        given = dict(self._given)
-        for name in given:
-            if self._value(name) != self._derived[name]:
-                given[name] = None if name == "per_layer_config" else vars(self)[name]
-        return given
-
-    def _split_derived(self, output: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The dictionary without this class's memory, and what each derived field of it was given as."""
-        for name in ("_given", "_derived"):
-            output.pop(name, None)
-        given = self._given_fields()
-        layers = given.pop("per_layer_config", None)
-        if layers and not self.serialize_explicit_per_layer_config:
-            digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
-            output["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
-        return output, copy.deepcopy({name: value for name, value in given.items() if value != vars(self)[name]})
+        known = vars(self).get("_derived", {})
+        return {name: given if self._value(name) == was else self._value(name) for name, (given, was) in known.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, as transformers' `to_dict`, for whoever reads it; and which ones are derived.
 
         What is put into the dictionary before a config is built from it counts as given, and the rest follows.
         """
-        output, given = self._split_derived(super().to_dict())
-        values = {name: copy.deepcopy(vars(self)[name]) for name in given}
-        return {**output, "derived_fields": given, "derived_values": values}
+        output, given = super().to_dict(), self._given_fields()
+        output.pop("_derived", None)
+        layers = given.pop("per_layer_config", None)
+        if layers and not self.serialize_explicit_per_layer_config:
+            digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
+            output["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
+        given = {name: value for name, value in given.items() if value != vars(self)[name]}
+        values = {name: vars(self)[name] for name in given}
+        return {**output, **copy.deepcopy({"derived_fields": given, "derived_values": values})}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: derived values are left out, and named, so that the file can be edited."""
-        output, given = self._split_derived(super().to_diff_dict())
-        for name, value in given.items():
-            output[name] = value
-            if value == self.__dataclass_fields__[name].default:
-                del output[name]
-        output.pop("derived_values", None)
-        return {**output, "derived_fields": sorted(given)}
-
-    def _layers(self) -> list["GroupFormerConfig"]:
-        """The config of each layer. Transformers makes them one by one; where they don't differ, it is this one."""
-        return list(self.per_layer_config) if self.is_heterogeneous else [self] * self.num_hidden_layers
+        complete = self.to_dict()
+        given = complete["derived_fields"]
+        output = {**super().to_diff_dict(), **given, "derived_fields": sorted(given)}
+        if "per_layer_config" in complete:
+            output["per_layer_config"] = complete["per_layer_config"]
+        fields = self.__dataclass_fields__
+        left_out = {"derived_values", *(name for name, value in given.items() if value == fields[name].default)}
+        return {name: value for name, value in output.items() if name not in left_out}
 
     def __eq__(self, other):
         """Whether all values are equal, given or derived."""
         if not isinstance(other, PreTrainedConfig):
             return NotImplemented
-        memory = {"_given": None, "_derived": None}
-        return {**vars(self), **memory} == {**vars(other), **memory}
+        return {**vars(self), "_derived": None} == {**vars(other), "_derived": None}
 
     def validate_architecture(self):
         """Refuses what cannot be built. Runs by itself when a config is built or loaded."""
         _check_per_layer_fields(self.per_layer_attributes or ())
         self._check_sizes()
-        self._check_layer_types()
-        differ, layers = self.is_heterogeneous, self._layers()
-        for layer_idx, layer in enumerate(layers if differ else layers[:1]):
-            where = f" in layer {layer_idx}" if differ else ""
-            if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
+        self._check_layers()
+        for name, other, needed in REQUIREMENTS:
+            value, found = getattr(self, name), getattr(self, other)
+            if value and found != needed:
                 raise ValueError(
-                    f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                    f"({layer.num_key_value_heads}){where}; choose {choices(divisors(self.num_attention_heads))}"
+                    f"{name} ({value!r}) needs {other}={needed!r}, but it is {found!r}; change one of the two"
                 )
-            if layer.sliding_window is not None and layer.sliding_window < 1:
-                raise ValueError(
-                    f"sliding_window ({layer.sliding_window}){where} must be at least 1, or None for full attention"
-                )
-            if layer.intermediate_size < 1:
-                raise ValueError(f"intermediate_size ({layer.intermediate_size}){where} must be at least 1")
-        self._check_norms_and_mlp()
-        self._check_positions()
+        from transformers.activations import ACT2FN  # imports torch, which a config alone does not need
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act ({self.hidden_act!r}) is unknown; choose {choices(sorted(ACT2FN))}")
 
     def check_tensor_parallel(self, ranks: int) -> None:
-        """Raises where so many ranks cannot each have whole heads, keys and values of every layer.
-
-        Raises:
-            ValueError: names the layer, its number of heads and the numbers of ranks that would do.
-        """
+        """Raises a `ValueError`, with the layer and the counts that would do, where ranks would share a head."""
         for layer_idx, layer in enumerate(self.per_layer_config):
-            for name, heads in (
-                ("num_key_value_heads", layer.num_key_value_heads),
-                ("num_attention_heads", self.num_attention_heads),
-            ):
+            for name in ("num_key_value_heads", "num_attention_heads"):
+                heads = getattr(layer, name)
                 if heads % ranks != 0:
                     raise ValueError(
                         f"{name} ({heads}) of layer {layer_idx} cannot be split among {ranks} tensor parallel ranks; "
@@ -441,21 +406,18 @@ class GroupFormerConfig(PreTrainedConfig):
                     )
 
     def check_pipeline_parallel(self) -> None:
-        """Raises where stages of a pipeline would compute something else than the model.
+        """Raises a `ValueError` that names the field, if stages of a pipeline would compute something else.
 
         Transformers and vLLM hand a stage the hidden states of the one before as its input embeddings: what is done to
         embeddings would be done again by each stage.
-
-        Raises:
-            ValueError: names the field and its value.
         """
-        acts_on_embeddings = {
-            "position_embedding_type": self.position_embedding_type in ("learned", "sinusoidal"),
-            "embedding_norm": self.embedding_norm,
-            "embedding_multiplier": self.embedding_multiplier != 1.0,
+        neutral = {
+            "position_embedding_type": ("rope", "alibi", "none"),
+            "embedding_norm": (False,),
+            "embedding_multiplier": (1.0,),
         }
-        for name, acts in acts_on_embeddings.items():
-            if acts:
+        for name, values in neutral.items():
+            if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name} ({getattr(self, name)!r}) acts on the embeddings, and each stage of a pipeline would do "
                     "it again; use one stage, and tensor or data parallelism instead"
@@ -493,15 +455,13 @@ class GroupFormerConfig(PreTrainedConfig):
         self._check_rope_numbers(rope_type, parameters)
 
     def _check_rope_numbers(self, rope_type: str, parameters: dict[str, Any]) -> None:
-        for name, minimum in (("rope_theta", 0), ("factor", 0), ("original_max_position_embeddings", 0)):
+        for name in ("rope_theta", "factor", "original_max_position_embeddings"):
             value = parameters.get(name)
-            if value is not None and not value > minimum:
-                raise ValueError(f"rope_parameters[{name!r}] ({value}) must be greater than {minimum}")
+            if value is not None and not value > 0:
+                raise ValueError(f"rope_parameters[{name!r}] ({value}) must be greater than 0")
         partial = parameters.get("partial_rotary_factor", 1.0)
         if not 0 < partial <= 1:
-            raise ValueError(
-                f"rope_parameters['partial_rotary_factor'] ({partial}) must be greater than 0 and at most 1"
-            )
+            raise ValueError(f"rope_parameters['partial_rotary_factor'] ({partial}) must be above 0 and at most 1")
         rotary_dim = self.head_dim if rope_type == "proportional" else int(self.head_dim * partial)
         if rotary_dim % 2 != 0 or rotary_dim == 0:
             raise ValueError(
@@ -521,86 +481,62 @@ class GroupFormerConfig(PreTrainedConfig):
                 )
 
     def _check_sizes(self) -> None:
-        minimums = {"num_hidden_layers": 0, "norm_eps": 0.0, "initializer_range": 0.0}
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-        for name in (*names, "max_position_embeddings", "norm_eps", "initializer_range"):
-            value, minimum = getattr(self, name), minimums.get(name, 1)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} ({value}) must be at least {minimum}")
+        for minimum, names in MINIMUMS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < minimum:
+                    raise ValueError(f"{name} ({value}) must be at least {minimum}")
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "classifier_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 0 and below 1")
-        given_head_dim = vars(self).get("_given", vars(self))["head_dim"]
+        given_head_dim = self._given_fields().get("head_dim", self.head_dim)
         if given_head_dim is None and self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}); choose another, or set head_dim"
-            )
-        if self.logits_scaling == 0:
-            raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
-
-    def _check_layer_types(self) -> None:
-        known_types = ("full_attention", "sliding_attention")
-        if self.layer_types is None:
-            return
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
-                "give one entry a layer"
-            )
-        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self._layers())):
-            if layer_type not in known_types:
-                raise ValueError(
-                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"
-                )
-            if layer_type == "sliding_attention" and layer.sliding_window is None:
-                raise ValueError(
-                    f"layer_types[{layer_idx}] is 'sliding_attention', but sliding_window (None) gives no window; "
-                    "set sliding_window or choose 'full_attention'"
-                )
-
-    def _check_norms_and_mlp(self) -> None:
-        if self.parallel_residual and self.norm_position == "after":
-            raise ValueError(
-                "parallel_residual (True) needs norm_position='before', but it is 'after'; change one of the two"
-            )
-        if self.shared_parallel_norm and not self.parallel_residual:
-            raise ValueError(
-                "shared_parallel_norm (True) needs parallel_residual=True, but it is False; change one of the two"
-            )
-        from transformers.activations import ACT2FN  # imports torch, which a config alone does not need
-
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act ({self.hidden_act!r}) is unknown; choose {choices(sorted(ACT2FN))}")
-
-    def _check_positions(self) -> None:
-        if self.rope_parameters and self.position_embedding_type != "rope":
-            raise ValueError(
-                f"rope_parameters ({self.rope_parameters}) needs position_embedding_type='rope', "
-                f"but it is {self.position_embedding_type!r}; remove one of the two"
             )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2 != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be even with position_embedding_type='sinusoidal': "
                 "sines and cosines come in pairs"
             )
-        if self.position_offset != 0 and (self.position_embedding_type != "learned" or self.position_offset < 0):
+        if self.logits_scaling == 0:
+            raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
+
+    def _check_layers(self) -> None:
+        known_types = ("full_attention", "sliding_attention")
+        if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"position_offset ({self.position_offset}) must be 0, or above it with "
-                f"position_embedding_type='learned'; it is {self.position_embedding_type!r}"
+                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
+                "give one entry a layer"
             )
-        if self.no_rope_layers is None:
-            return
-        if self.position_embedding_type != "rope":
+        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self.per_layer_config)):
+            where = f" in layer {layer_idx}" if self.is_heterogeneous else ""
+            if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
+                raise ValueError(
+                    f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                    f"({layer.num_key_value_heads}){where}; choose {choices(divisors(self.num_attention_heads))}"
+                )
+            window = layer.sliding_window
+            if window is not None and window < 1:
+                raise ValueError(f"sliding_window ({window}){where} must be at least 1, or None for full attention")
+            if layer.intermediate_size < 1:
+                raise ValueError(f"intermediate_size ({layer.intermediate_size}){where} must be at least 1")
+            if layer_type not in known_types:
+                raise ValueError(
+                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"
+                )
+            if layer_type == "sliding_attention" and window is None:
+                raise ValueError(
+                    f"layer_types[{layer_idx}] is 'sliding_attention', but sliding_window (None) gives no window; "
+                    "set sliding_window or choose 'full_attention'"
+                )
+        rope_layers = self.no_rope_layers
+        if rope_layers is not None and (len(rope_layers) < self.num_hidden_layers or not set(rope_layers) <= {0, 1}):
             raise ValueError(
-                f"no_rope_layers ({self.no_rope_layers}) needs position_embedding_type='rope', "
-                f"but it is {self.position_embedding_type!r}; remove one of the two"
-            )
-        if len(self.no_rope_layers) < self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}:
-            raise ValueError(
-                f"no_rope_layers ({self.no_rope_layers}) needs one entry for each of the {self.num_hidden_layers} "
-                "layers, 1 with RoPE and 0 without"
+                f"no_rope_layers ({rope_layers}) needs one entry for each of the {self.num_hidden_layers} layers, "
+                "1 with RoPE and 0 without"
             )
 
 

@@ -1,8 +1,5 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
-"""Losses that transformers' own do not cover: next tokens without all logits, and classes over accumulated batches.
-
-This file travels to the Hub with the modeling file, so it imports nothing but torch and transformers.
-"""
+"""Losses that transformers' own do not cover: next tokens without all logits, and classes over accumulated batches."""
 
 from typing import Any
 

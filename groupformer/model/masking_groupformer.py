@@ -1,9 +1,6 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
 """Attention masks by layer, with the biases of ALiBi in them, positions, which tokens are real, what is refused.
 
-This file travels to the Hub with the modeling file: it imports nothing but torch, transformers and the files beside
-it.
-
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads.
 """
 
@@ -12,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -26,15 +23,14 @@ logger = logging.get_logger(__name__)
 
 def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
+    kinds = config.layer_types or []
     if not config.is_heterogeneous:
-        return config.layer_types or []
+        return kinds
     windows = [layer.sliding_window for layer in config.per_layer_config]
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    several = len({window for window, slides in zip(windows, sliding) if slides}) > 1
-    return [
-        f"sliding_attention_{window}" if slides and several else kind
-        for kind, window, slides in zip(config.layer_types, windows, sliding)
-    ]
+    sliding = {window for kind, window in zip(kinds, windows) if kind == "sliding_attention"}
+    if len(sliding) < 2:
+        return kinds
+    return [f"{kind}_{window}" if kind == "sliding_attention" else kind for kind, window in zip(kinds, windows)]
 
 
 def running_mask_names(model: Any) -> list[str]:
@@ -44,9 +40,7 @@ def running_mask_names(model: Any) -> list[str]:
         ValueError: `layer_types` says nothing of a layer.
     """
     count = min(model.config.num_hidden_layers, len(model.layers))
-    if len(model.mask_names) >= count:
-        return model.mask_names[:count]
-    names = layer_mask_names(model.config)
+    names = model.mask_names if len(model.mask_names) >= count else layer_mask_names(model.config)
     if len(names) < count:
         raise ValueError(
             f"layer_types has {len(names)} entries, but {count} layers are to run; add one for each new layer"
@@ -54,17 +48,12 @@ def running_mask_names(model: Any) -> list[str]:
     return names[:count]
 
 
-def check_inputs(inputs: torch.Tensor, attention_mask: Any, cache: Cache | None) -> None:
+def check_inputs(inputs: torch.Tensor, attention_mask: Any, cached: int | torch.Tensor) -> None:
     """Refuses what would be computed wrongly, or fail further down by a message about something else.
 
-    Args:
-        inputs: `input_ids` (B, T) or `inputs_embeds` (B, T, hidden_size).
-        attention_mask: What the caller gave; only masks (B, S) are looked at.
-        cache: The cache; where it grows, what it holds is counted.
-
     Raises:
-        ValueError: an empty or flat input, a mask of another batch or shorter than the tokens, or one with values
-            other than 0 and 1.
+        ValueError: an empty or flat input, (B, T) or (B, T, hidden_size); a mask (B, S) of another batch, shorter than
+            the tokens, cached ones included, or with values other than 0 and 1. Other masks are not looked at.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph holds no checks of sizes
         return
@@ -73,7 +62,7 @@ def check_inputs(inputs: torch.Tensor, attention_mask: Any, cache: Cache | None)
         raise ValueError(f"the input has shape {tuple(shape)}; give (batch, sequence), both of at least 1")
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return
-    cached = cache.get_seq_length() if type(cache) is DynamicCache else 0
+    cached = 0 if isinstance(cached, torch.Tensor) else cached
     if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < cached + shape[1]:
         after = f" after {cached} cached tokens" if cached else ""
         raise ValueError(
@@ -176,26 +165,24 @@ def create_attention_masks(
     return masks
 
 
-def crop_mask(attention_mask: Any, length: int, cache: Cache | None) -> Any:
+def crop_mask(attention_mask: Any, length: int, cached: int | torch.Tensor) -> Any:
     """A mask (B, S or longer) without the entries behind the last of `length` new tokens; other masks as they are.
 
     A static cache counts its tokens in a tensor and its masks may be as long as the cache: these stay as they are.
     """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or isinstance(cached, torch.Tensor):
         return attention_mask
-    cached = cache.get_seq_length() if cache is not None else 0
-    return attention_mask if isinstance(cached, torch.Tensor) else attention_mask[:, : cached + length]
+    return attention_mask[:, : cached + length]
 
 
-def select_new_tokens(per_token: torch.Tensor, length: int, cache: Cache | None) -> torch.Tensor:
+def select_new_tokens(per_token: torch.Tensor, length: int, cached: int | torch.Tensor) -> torch.Tensor:
     """The entries (B, length) of the new tokens, in a tensor (B, S or longer) that begins with the cached ones."""
-    cached = cache.get_seq_length() if cache is not None else 0
     index = torch.arange(length, device=per_token.device) + cached
     return per_token[:, index.clamp(max=per_token.shape[1] - 1)]
 
 
 def build_position_ids(
-    config: GroupFormerConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+    config: GroupFormerConfig, inputs_embeds: torch.Tensor, attention_mask: Any, cached: int | torch.Tensor
 ) -> torch.Tensor:
     """Positions (B or 1, T) of the new tokens, when the caller gave none.
 
@@ -205,24 +192,21 @@ def build_position_ids(
     length = inputs_embeds.shape[1]
     adds_positions = config.position_embedding_type in ("learned", "sinusoidal")
     if adds_positions and attention_mask is not None and attention_mask.ndim == 2:
-        return select_new_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cache)
-    cached = cache.get_seq_length() if cache is not None else 0
+        return select_new_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cached)
     return (torch.arange(length, device=inputs_embeds.device) + cached).unsqueeze(0)
 
 
 def find_real_tokens(
     config: GroupFormerConfig,
     input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    length: int,
-    cache: Cache | None,
-) -> torch.Tensor | None:
-    """Which of the new tokens are real, a boolean (B, T), from the attention mask where there is one.
-
-    `None`: all of them, as far as is known.
-    """
+    cached: int | torch.Tensor,
+) -> torch.Tensor:
+    """Which of the new tokens are real, a boolean (B, T), from the attention mask where there is one."""
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
     if attention_mask is not None and attention_mask.ndim == 2:
-        return select_new_tokens(attention_mask, length, cache) != 0
+        return select_new_tokens(attention_mask, inputs.shape[1], cached) != 0
     if input_ids is not None and config.pad_token_id is not None:
         return input_ids != config.pad_token_id
     if input_ids is not None and len(input_ids) > 1:
@@ -230,17 +214,15 @@ def find_real_tokens(
             f"pad_token_id (None) leaves padding unknown in a batch of {len(input_ids)}; "
             "pass attention_mask, set config.pad_token_id, or use batches of 1"
         )
-    return None
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
 
 
-def pool_real_tokens(hidden_states: torch.Tensor, real: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+def pool_real_tokens(hidden_states: torch.Tensor, real: torch.Tensor, is_causal: bool) -> torch.Tensor:
     """One vector a row (B, hidden_size) of hidden states (B, T, hidden_size), finite for a row of padding too.
 
     Causal: the last real token's, the only one that saw the whole text. Bidirectional: the mean of the real tokens'.
     """
     batch, length = hidden_states.shape[:2]
-    if real is None:
-        real = torch.ones(batch, length, dtype=torch.bool)
     real = real.to(hidden_states.device)
     if not is_causal:
         # Summed in float32: thousands of states are more than float16 can hold.

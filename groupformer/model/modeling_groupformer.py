@@ -4,8 +4,8 @@
 One architecture, its variants chosen once when the model is built (`configuration_groupformer.py` describes the
 fields): KV heads, positions, norms, MLPs, biases, windows, causal or not. MHA, GQA and MQA run the same code.
 
-The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Module names are Llama's. It also
-travels to the Hub as remote code, so it imports nothing but torch, transformers and the files beside it.
+The file reads top to bottom: norms, positions, attention, MLP, layers, model, heads. Module names are Llama's. As
+remote code on the Hub it has torch, transformers and the files beside it.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
@@ -20,10 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GenericForQuestionAnswering, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -432,6 +429,8 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     def init_parallel_plans(self) -> None:
         """The config's plans; a norm over whole projections needs these whole on every rank, as in OLMo 2."""
         super().init_parallel_plans()
+        if self.config.mlp_type == "plain" and self.base_model is self:
+            self._tp_plan.pop("layers.*.mlp.gate_proj", None)
         if self.config.qk_norm == "projection" and self.base_model is self:
             whole = {"q_proj": "colwise_gather_output", "k_proj": "colwise_gather_output"}
             whole |= {"v_proj": "colwise_gather_output", "o_proj": "rowwise_split_input"}
@@ -444,12 +443,10 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
         if distributed_config.pp_size > 1:
             model.config.check_pipeline_parallel()
-        ranks = distributed_config.tp_size
-        splits_heads = model.config.qk_norm != "projection"
-        if splits_heads and ranks > 1:
-            model.config.check_tensor_parallel(ranks)
+        ranks = 1 if model.config.qk_norm == "projection" else distributed_config.tp_size  # that share the heads
+        model.config.check_tensor_parallel(ranks)
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
-        if model.config.position_embedding_type == "alibi" and splits_heads and ranks > 1:
+        if model.config.position_embedding_type == "alibi" and ranks > 1:
             per_rank, rank = model.config.num_attention_heads // ranks, mesh_manager.get_mesh("tp").get_local_rank()
             for module in model.modules():
                 if isinstance(module, GroupFormerAttention):
@@ -507,17 +504,18 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         cache = accept_cache_alias(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cache)
+        cached = cache.get_seq_length() if isinstance(cache, Cache) else 0  # continuous batching tells positions
+        check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cached)
         if inputs_embeds is None:
             inputs_embeds = embed_token_ids(self.embed_tokens, input_ids)
         if use_cache and cache is None:
             cache = grow_in_place(DynamicCache(config=self.config))
-        attention_mask = crop_mask(attention_mask, inputs_embeds.shape[1], cache)
+        attention_mask = crop_mask(attention_mask, inputs_embeds.shape[1], cached)
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` may have prepared them
             masks = create_attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
-            position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cache)
+            position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cached)
         check_positions(self.config, position_ids)
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1.0:
@@ -667,9 +665,8 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
                 floats of a regression, as `config.problem_type` says or the labels' dtype tells.
         """
         cache = accept_cache_alias(past_key_values, cache)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        # Before the model extends the cache.
-        real = find_real_tokens(self.config, input_ids, attention_mask, length, cache)
+        cached = 0 if cache is None else cache.get_seq_length()  # before the model extends it
+        real = find_real_tokens(self.config, input_ids, inputs_embeds, attention_mask, cached)
         outputs = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )

@@ -6,8 +6,6 @@
 - Nothing is added to a text: no begin token, no end token. Chat templates and training recipes place them.
 - The text of a special token inside a string becomes that token, as everywhere in transformers; pass
   `split_special_tokens=True` to read it as plain text. Either way it is decoded as it was written.
-
-The class also travels to the Hub as remote code, so it imports nothing but transformers and tokenizers.
 """
 
 from collections.abc import Sequence
