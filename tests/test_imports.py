@@ -1,10 +1,17 @@
-"""What `import groupformer` imports and registers, in every order and way that people import it."""
+"""What `import groupformer` imports and registers, however people import it; and which part imports which."""
 
+import ast
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import groupformer
+
+
+PACKAGE = Path(groupformer.__file__).parent
 
 
 def python(code, *options):
@@ -126,3 +133,63 @@ def test_ctrl_c_is_one_line_at_any_moment(seconds, tmp_path):
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1].endswith("interrupted")
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+# What each part of the package may import beside itself. `version` and `samples` are leaves that all may read.
+ARROWS: dict[str, set[str]] = {"model": set(), "families": {"model"}}
+ARROWS["conversion"] = {"families", *ARROWS["families"]}
+ARROWS["measuring"] = {"conversion", *ARROWS["conversion"]}
+ARROWS["integrations"] = {"model"}
+ARROWS["regrouping"] = {"measuring", *ARROWS["measuring"]}
+ARROWS["training"] = ARROWS["regrouping"]
+ARROWS["app"] = {"regrouping", "training", "integrations", "groupformer", *ARROWS["training"]}
+ARROWS["commands"] = {"app", *ARROWS["app"]}
+
+# Arrows beyond these, each with what needs it. No part of `integrations` that they name imports the other way.
+EXCEPTIONS = {
+    ("integrations.hub", "conversion"): "push refuses broken folders, as everything that reads one does",
+    ("integrations.hub", "measuring"): "the card tells what the KV cache costs",
+    ("integrations.model_card", "measuring"): "the card tells what the KV cache costs",
+    ("integrations.vllm.plugin", "groupformer"): "vLLM starts the plugin before anybody imported the package",
+    ("regrouping.streaming", "integrations"): "a regrouped folder's card says what was merged",
+    ("regrouping.heal_folders", "integrations"): "a healed folder's card says what was merged",
+    ("regrouping.sources", "integrations"): "transformers' private names are used in `integrations` only",
+}
+
+
+def imports_of(file: Path) -> set[tuple[str, str]]:
+    """A file's imports from the package, as (module that imports, part that it imports from)."""
+    *folders, stem = file.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = ["groupformer", *folders][: len(folders) + 2 - node.level] if node.level else []
+            path = [*above, *(node.module or "").split(".")]
+            names = [[*path, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        else:
+            continue
+        for name in (list(filter(None, name)) for name in names):
+            if name[0] == "groupformer":
+                found.add(name[1] if len(name) > 1 and name[1] in {*ARROWS, "version", "samples"} else "groupformer")
+    return {(".".join([*folders, stem]), part) for part in found - {folders[0], "version", "samples"}}
+
+
+def test_imports_go_one_way():
+    files = [file for part in ARROWS for file in (PACKAGE / part).rglob("*.py")]
+    found = {arrow for file in files for arrow in imports_of(file)}
+    beyond = {(module, part) for module, part in found if part not in ARROWS[module.split(".")[0]]}
+    assert beyond == set(EXCEPTIONS)
+
+
+def test_the_files_that_travel_import_torch_transformers_and_each_other():
+    allowed = {"torch", "transformers", "tokenizers", "huggingface_hub", *sys.stdlib_module_names}
+    for file in (PACKAGE / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert (
+                    node.level == 1 if node.module.endswith("_groupformer") else node.module.split(".")[0] in allowed
+                )
+            elif isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed

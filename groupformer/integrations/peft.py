@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from ..families.registry import is_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
 from .imports import after_import
 
@@ -76,7 +75,7 @@ def name_cache_in_generation() -> None:
 
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        if not is_groupformer(self.get_base_model()):
+        if self.get_base_model().config.model_type != GroupFormerConfig.model_type:
             return prepare(self, *args, **kwargs)
         of_base = self.base_model_prepare_inputs_for_generation
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .. import GroupFormerConfig, GroupFormerTokenizer
 from ..conversion.loading import check_token_ids, load_checked, load_config, load_tokenizer
 from ..conversion.sources import check_on_hub, check_source, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
+from ..model.configuration_groupformer import GroupFormerConfig
+from ..model.tokenization_groupformer import GroupFormerTokenizer
 from .data import all_ids, expand, load_files, require_column
 from .pretraining import packed_collator
 from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train

@@ -14,10 +14,12 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .. import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
 from ..conversion.loading import check_token_ids, load_tokenizer
 from ..conversion.sources import check_on_hub, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
+from ..model.configuration_groupformer import GroupFormerConfig
+from ..model.modeling_groupformer import GroupFormerForCausalLM
+from ..model.tokenization_groupformer import GroupFormerTokenizer
 from .data import all_ids, collate_flat, collate_rows, expand, load_files, tokenize_and_pack
 from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train
 from .run import SaveOnInterrupt, last_checkpoint, prepare_output

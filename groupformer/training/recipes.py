@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import GroupFormerConfig
 from ..conversion.loading import best_device
+from ..model.configuration_groupformer import GroupFormerConfig
 
 
 # Model fields that are no fields of the config: Auto classes take them as well.
