@@ -379,19 +379,9 @@ def claim_another_size(folder: Path) -> str:
 
 
 DAMAGES = [
-    truncate,
-    remove,
-    fill_with_garbage,
-    promise_another_header,
-    leave_the_folder,
-    name_an_absolute_path,
-    promise_a_tensor,
-    forget_a_tensor,
-    break_the_index,
-    break_the_config,
-    remove_all_weights,
-    claim_another_size,
-]
+    truncate, remove, fill_with_garbage, promise_another_header, leave_the_folder, name_an_absolute_path,
+    promise_a_tensor, forget_a_tensor, break_the_index, break_the_config, remove_all_weights, claim_another_size,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
