@@ -153,13 +153,15 @@ class AttentionLayout:
         for name in sorted((name for name in tensors if self.is_head_norm(name)), key=numbers_in):
             if name.startswith(f"{self.names[role]}."):
                 found.setdefault(name.rpartition(".")[2], []).append(tensors[name].double().flatten())
-        return {part: torch.cat(norms).unflatten(0, (-1, self.geometry.head_dim)) for part, norms in found.items()}
+        size = self.geometry.head_dim
+        return {part: self._to_halves(torch.cat(norms).unflatten(0, (-1, size))) for part, norms in found.items()}
 
     def _write_norms(
         self, norms: Mapping[str, torch.Tensor], role: str, originals: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         new: dict[str, torch.Tensor] = {}
         for part, norm in norms.items():
+            norm = self._from_halves(norm)
             name = f"{self.names[role]}.{part}"
             if name in originals:
                 new[name] = norm.flatten() if originals[name].ndim == 1 else norm
