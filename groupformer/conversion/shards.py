@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from .checkpoint import DTYPE_NAMES, Advance, Entry, SafetensorsSource, Source, write_all
+from .checkpoint import DTYPE_NAMES, Advance, Entry, Look, SafetensorsSource, Source, write_all
 
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -56,12 +56,23 @@ class Piece:
             advance(entry.size)
 
 
-def unchanged(source: Source, name: str, new_name: str | None = None) -> Piece:
-    """A tensor of a checkpoint as it is; of a safetensors file its bytes are copied and never become a tensor."""
+def unchanged(source: Source, name: str, new_name: str | None = None, look: Look | None = None) -> Piece:
+    """A tensor of a checkpoint as it is; of a safetensors file its bytes are copied and never become a whole tensor.
+
+    Args:
+        look: Sees it, whole or part by part, before it is written; raises to stop.
+    """
     entries = {new_name or name: source.entries[name]}
     if isinstance(source, SafetensorsSource):
-        return Piece(entries, copy=lambda file, advance: source.copy(name, file, advance))
-    return Piece(entries, lambda: [source.read(name)])
+        return Piece(entries, copy=lambda file, advance: source.copy(name, file, advance, look))
+
+    def tensors() -> list[torch.Tensor]:
+        tensor = source.read(name)
+        if look is not None:
+            look(tensor)
+        return [tensor]
+
+    return Piece(entries, tensors)
 
 
 def write_shards(

@@ -62,7 +62,13 @@ class Features:
 
 
 def times_moment(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Rows (..., E) times a real moment (E, E): one large product, or two for complex rows, not many small ones."""
+    """Rows (..., E) times a real moment (E, E): one large product, or two for complex rows, not many small ones.
+
+    Without calibration the moment of an RMSNorm's outputs is diagonal, and there is nothing to multiply out.
+    """
+    diagonal = moment.diagonal()
+    if torch.count_nonzero(moment) <= torch.count_nonzero(diagonal):
+        return rows * diagonal
     flat = rows.reshape(-1, rows.shape[-1])
     product = torch.complex(flat.real @ moment, flat.imag @ moment) if rows.is_complex() else flat @ moment
     return product.view(rows.shape)

@@ -25,7 +25,7 @@ from ..conversion.folders import (
     write_tokenizer_code,
     written_aside,
 )
-from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, write_shards
+from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
 from ..integrations.model_card import regrouped_card
 from .expansion import expanded_tensors, plan_expansion
 from .layouts import AttentionLayout
@@ -33,7 +33,7 @@ from .moments import check_calibration
 from .probing import build_on_meta
 from .processes import ALONE, Processes
 from .result import Result, is_groupformer
-from .sources import FolderSource
+from .sources import FolderSource, check_finite
 from .steps import (
     Plan,
     choose_counts,
@@ -190,7 +190,7 @@ def regrouped_pieces(
             continue
         layer_idx = next((layers[stem] for stem in layers if name.startswith(stem)), None)
         if layer_idx is None:
-            yield looked_at(checkpoint, name)
+            yield checked(checkpoint, name)
         elif layer_idx not in done:
             done.add(layer_idx)
             entries = new_entries(checkpoint, layouts[layer_idx], shapes)
@@ -203,9 +203,9 @@ def regrouped_pieces(
             yield Piece(entries, tensors)
 
 
-def looked_at(checkpoint: FolderSource, name: str) -> Piece:
-    """A tensor as it is, refused where it holds NaN."""
-    return Piece({name: checkpoint.checkpoint.entries[name]}, lambda: [checkpoint.read(name)])
+def checked(checkpoint: FolderSource, name: str) -> Piece:
+    """A tensor as it is, refused where it holds NaN or infinity."""
+    return unchanged(checkpoint.checkpoint, name, look=lambda part: check_finite(name, part, checkpoint.where))
 
 
 def new_entries(
