@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
+from groupformer.measuring.evaluation import evaluate
 from groupformer.training import uptraining
 from groupformer.training.readiness import refuse_leaking
 from groupformer.training.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
@@ -91,6 +92,21 @@ def test_the_original_is_measured_on_the_same_rows(folders, tmp_path):
     results = uptrain(recipe(folders, model=str(folders / "original"), tokens=16 * 2, bf16=False), tmp_path / "out")
     assert results["original"]["loss"] == pytest.approx(results["curve"][0]["loss"], rel=1e-2)  # in bfloat16
     assert results["original"]["bits_per_byte"] < results["original"]["loss"]
+
+
+def test_the_same_text_has_the_same_bits_per_byte_in_eval(folders, tmp_path):
+    tokenizer = GroupFormerTokenizer()
+    text = tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"][:31])  # a row, with the begin token
+    (tmp_path / "held_out.txt").write_text(text)
+    validated = recipe(
+        folders, validation_files=[str(tmp_path / "held_out.txt")], tokens=32 * 2, row_length=32, bf16=False
+    )
+    results = uptrain(validated, tmp_path / "out")
+    model = GroupFormerForCausalLM.from_pretrained(folders / "regrouped", dtype=torch.float32)
+    scores = evaluate(model, tokenizer, [text], window=32)
+    assert scores["tokens"] == 31
+    assert results["curve"][0]["bits_per_byte"] == pytest.approx(scores["bits_per_byte"], rel=1e-5)
+    assert results["curve"][0]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_attention_alone_learns_where_it_is_asked_for(folders, tmp_path):
