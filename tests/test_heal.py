@@ -422,3 +422,11 @@ def test_regroup_without_text_cannot_heal(folders, tmp_path):
 def test_the_choices_in_the_help_are_the_methods_and_groupings_that_there_are():
     assert [method.value for method in Method] == list(METHODS)
     assert [grouping.value for grouping in Grouping] == list(GROUPINGS)
+
+
+def test_a_page_that_ships_calibrates_where_no_text_is_at_hand(folders, tmp_path):
+    arguments = ["regroup", str(folders / "original"), str(tmp_path / "out"), "--kv-heads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--calibration", "sample"])
+    assert done.exit_code == 0, done.output
+    (entry,) = json.loads((tmp_path / "out" / "config.json").read_text())["regrouping"]
+    assert 1000 < entry["calibration_tokens"] < 2000

@@ -76,7 +76,8 @@ def regroup_command(
         typer.Option(help="Neighbours, or the heads that lose least together. Default: similar, if they can move."),
     ] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text to measure the inputs on: files, patterns; repeatable.")
+        list[str] | None,
+        typer.Option(help="Text to measure inputs on: files, patterns; repeatable; or sample, which ships."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read.")] = 16384,
     heal: Annotated[
@@ -226,12 +227,17 @@ def wanted_heads(text: str) -> int | str | dict[int, int]:
 def calibration_reader(
     files: list[str], text_column: str, tokens: int, tokenizer: str | None, row_length: int = 512
 ) -> Any:
-    """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now."""
+    """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now.
+
+    Args:
+        files: Paths and patterns; or "sample" alone, for the text that ships.
+    """
     from ..conversion.loading import check_token_ids, load_tokenizer
     from ..regrouping.moments import calibration_from_texts
+    from ..samples import sample_text
     from ..training.data import read_column
 
-    texts = read_column(files, text_column)
+    texts = ["".join(sample_text())] if files == ["sample"] else read_column(files, text_column)
 
     def read(folder: Path, config: Any) -> Any:
         loaded = load_tokenizer(folder, tokenizer)
