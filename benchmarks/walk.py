@@ -2,8 +2,11 @@
 
     python benchmarks/walk.py
 
-Counted are Python functions of transformers' and our model code: modeling, masks, cache, attention, activations. Not
-counted are torch, attributes of configs, output containers, decorators, and what comprehensions call by themselves.
+Counted are Python functions of transformers' and our model code: modeling, masks, cache, attention. Not counted are
+operations, those of torch and transformers' activations (of which some are torch's own modules, by their name in the
+config); attributes of configs, output containers, decorators; and comprehensions, which are calls in Python 3.11 only.
+With comprehensions and without the head a Llama has 33 functions, 124 calls and 32 changes of file (transformers 5.23
+and 5.24).
 """
 
 import sys
@@ -19,7 +22,7 @@ import groupformer
 
 
 LAYERS = 8
-COUNTED = ("modeling_", "masking_", "cache_", "loss_", "sdpa_attention.py", "activations.py")
+COUNTED = ("modeling_", "masking_", "cache_", "loss_", "sdpa_attention.py")
 NOT_COUNTED = ("modeling_outputs", "modeling_layers", "modeling_utils")
 
 

@@ -78,9 +78,9 @@ def native_code(config_class: type[PreTrainedConfig]) -> str:
 
 
 def refuse_unknown_fields(native: PreTrainedConfig, family: Family) -> None:
-    """Refuses what the family's table does not mention, unless the native code cannot notice it.
+    """Refuse fields that the family's table does not mention and the native model may read.
 
-    Files carry many fields that nobody reads (`n_ctx`, `gradient_checkpointing`); they are harmless. A field is
+    Files carry many fields that no code reads (`n_ctx`, `gradient_checkpointing`); they are harmless. A field is
     refused when the native class declares it with another default, or the native code names it.
     """
     table, values = table_of(family), plain(native)

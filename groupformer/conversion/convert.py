@@ -123,7 +123,7 @@ def file_name(conversion: Conversion, name: str) -> str:
 
 
 def drop_tied_head(conversion: Conversion, source: Source, names: dict[str, str]) -> None:
-    """Some files hold a tied head twice; the copy goes, after a look whether it is one."""
+    """Drop the second copy of a tied head, which some files hold, after checking that it is one."""
     if "lm_head.weight" not in names or "lm_head.weight" in conversion.source_shapes:
         return
     embeddings = next(

@@ -184,7 +184,7 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 def native_name(name: str, shape: tuple[int, ...], plan: Plan, family: Family) -> str | None:
     """Today's name of a native file's tensor; None for what was never a weight.
 
-    Older files lack or add the base model's prefix, or use older names. A name that nobody knows stays as it is.
+    Older files lack or add the base model's prefix, or use older names. Unknown names stay as they are.
     """
     known = name
     for pattern, replacement in family.legacy_names.items():

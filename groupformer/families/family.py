@@ -2,7 +2,7 @@
 
 A family's module holds one `Family`: a table of the native config's fields, a table of its weights, and example
 options that the tests are generated from. Every field of the native config class must be in the table; a field that
-a new version of transformers adds is refused until somebody has looked at it.
+a new version of transformers adds is refused until the table has a row for it.
 """
 
 from collections.abc import Callable, Mapping

@@ -56,7 +56,7 @@ def family_named(model_type: str | None) -> Family:
     """The family of a transformers model type.
 
     Raises:
-        ValueError: a family that is refused, with the reason, or one that nobody has written yet.
+        ValueError: a family that is refused, with the reason, or one without a module yet.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]

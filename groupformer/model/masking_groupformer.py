@@ -116,7 +116,7 @@ def check_backend(config: GroupFormerConfig, name: str) -> None:
         ValueError: names the backend, the field and its value.
     """
     if name not in ("eager", *ALL_ATTENTION_FUNCTIONS) and not set(name) & set("/|"):  # of the Hub; "paged|sdpa"
-        return  # nobody knows this name, as transformers then says
+        return  # an unknown name: transformers' error lists the known ones
     if config.position_embedding_type == "alibi" and name not in ("eager", "sdpa"):
         raise ValueError(
             f"attn_implementation ({name!r}) cannot add the biases of position_embedding_type='alibi'; "

@@ -547,7 +547,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
 class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
     """GroupFormer with a language modeling head: logits (B, T, vocab_size), next-token loss, `generate`.
 
-    Set `model.skip_logits = True` to train without holding all logits, where nobody reads them: with `Trainer`, say.
+    Set `model.skip_logits = True` to train without holding all logits, where nothing reads them (with `Trainer`, say).
     """
 
     skip_logits = False

@@ -303,7 +303,7 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
                 f"row_length ({recipe.row_length}) leaves no row of {name} text; choose shorter rows or give more text"
             )
         check_token_ids(all_ids(split), tokenizer, f"the {name} text")
-    return enough(rows, recipe), validation
+    return repeat_to_length(rows, recipe), validation
 
 
 def validation_rows_at_most(recipe: UptrainRecipe) -> int:
@@ -315,8 +315,8 @@ def validation_rows_at_most(recipe: UptrainRecipe) -> int:
     return max(1, int(0.4 * recipe.tokens / recipe.row_length / evaluations))
 
 
-def enough(rows: Any, recipe: UptrainRecipe) -> Any:
-    """The rows, repeated where they are fewer than the steps read.
+def repeat_to_length(rows: Any, recipe: UptrainRecipe) -> Any:
+    """Repeat the rows where they are fewer than the steps read.
 
     Trainer would end each pass over them with a batch that is not full, and see fewer tokens than it was asked to.
     """
