@@ -16,7 +16,7 @@ from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.training import finetuning, pretraining
 from groupformer.training.finetuning import FinetuneRecipe, finetune
 from groupformer.training.pretraining import PretrainRecipe
-from groupformer.training.run import EpochLengthSampler, prepare_output
+from groupformer.training.run import EpochLengthSampler, last_checkpoint, prepare_output
 from groupformer.training.tasks import TokenClassificationTask
 
 from .helpers import tiny_config
@@ -74,6 +74,16 @@ def test_ctrl_c_in_the_middle_of_an_epoch_resumes_to_the_same_losses(rows, tmp_p
     finetune(plan, tmp_path / "cut", resume=True)
     assert len(logged_losses(tmp_path / "whole")) == 12
     assert logged_losses(tmp_path / "cut") == logged_losses(tmp_path / "whole")
+
+
+def test_a_finished_run_keeps_its_model_alone_unless_told_otherwise(rows, tmp_path):
+    plan = recipe(rows, epochs=1)
+    finetune(plan, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="holds a finished run without checkpoints.*pass --keep-checkpoints"):
+        finetune(plan, tmp_path / "run", resume=True)
+    finetune(plan, tmp_path / "run", overwrite=True, keep_checkpoints=True)
+    assert last_checkpoint(tmp_path / "run") is not None
 
 
 def test_length_grouped_batches_hold_every_row_once_and_change_with_the_epoch():

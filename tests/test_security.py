@@ -186,7 +186,7 @@ def test_code_is_no_data_file(tmp_path, marker):
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_training_state_is_not_unpickled(file, tmp_path, marker):
-    pretrain(tiny_pretraining(tmp_path, max_steps=2), tmp_path / "run")
+    pretrain(tiny_pretraining(tmp_path, max_steps=2), tmp_path / "run", keep_checkpoints=True)
     torch.save({"state": Attack(marker)}, tmp_path / "run" / "checkpoint-2" / file)
     with pytest.raises(pickle.UnpicklingError):
         pretrain(tiny_pretraining(tmp_path, max_steps=4), tmp_path / "run", resume=True)

@@ -135,10 +135,17 @@ def test_pretraining_learns_saves_and_loads(tmp_path):
 def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(tmp_path):
     pretrain(tiny_pretraining(tmp_path), tmp_path / "whole")
     output = tmp_path / "cut"
-    pretrain(tiny_pretraining(tmp_path), output)
+    pretrain(tiny_pretraining(tmp_path), output, keep_checkpoints=True)
     (output / "checkpoint-6" / "trainer_state.json").unlink()  # as if the run had been killed while it was saved
     pretrain(tiny_pretraining(tmp_path), output, resume=True)
     assert losses(output) == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_keeps_its_model_alone_and_says_that_nothing_is_left_to_resume(tmp_path):
+    pretrain(tiny_pretraining(tmp_path), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="holds a finished run without checkpoints.*pass --keep-checkpoints"):
+        pretrain(tiny_pretraining(tmp_path, max_steps=9), tmp_path / "run", resume=True)
 
 
 INTERRUPTED = """

@@ -11,6 +11,7 @@ from .shared import (
     TRAIN,
     AsJson,
     Cost,
+    KeepCheckpoints,
     Output,
     Overwrite,
     Resume,
@@ -73,6 +74,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    keep_checkpoints: KeepCheckpoints = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model, or train a fresh one, on labelled data or text.
@@ -109,7 +111,9 @@ def finetune(
         seed=seed,
     )
     with stdout_for_results(as_json), resumable(output):
-        results = finetuning.finetune(recipe, output, resume=resume, overwrite=overwrite)
+        results = finetuning.finetune(
+            recipe, output, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints
+        )
     if as_json:
         print_json(results)
         return

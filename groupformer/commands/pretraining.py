@@ -9,6 +9,7 @@ from .shared import (
     TRAIN,
     AsJson,
     Cost,
+    KeepCheckpoints,
     Output,
     Overwrite,
     Resume,
@@ -53,6 +54,7 @@ def pretrain(
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    keep_checkpoints: KeepCheckpoints = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a fresh GroupFormer from scratch, by one recipe.
@@ -81,7 +83,9 @@ def pretrain(
         seed=seed,
     )
     with stdout_for_results(as_json), resumable(output):
-        results = pretraining.pretrain(plan, output, resume=resume, overwrite=overwrite)
+        results = pretraining.pretrain(
+            plan, output, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints
+        )
     if as_json:
         print_json(results)
         return

@@ -14,6 +14,7 @@ from .shared import (
     Cost,
     Device,
     Dtype,
+    KeepCheckpoints,
     Output,
     Overwrite,
     ReplaceTarget,
@@ -118,7 +119,9 @@ def regroup_command(
     if heal and processes.count > 1:
         raise ValueError("--heal works in one process; regroup in several, then start `groupformer heal` in one")
     cost = Cost()
-    heads = wanted_heads(kv_heads)
+    heads, before = wanted_heads(kv_heads), load_config(source)
+    if processes.is_first:
+        typer.echo(f"Classes and files that can hold the result: {result_formats(before, heads)}", err=True)
     reader = calibration_reader(calibration, text_column, calibration_tokens, tokenizer) if calibration else None
     options: dict[str, Any] = dict(
         method=method.value,
@@ -148,7 +151,7 @@ def regroup_command(
             regroup_folder(source, target, heads, progress=merge_progress, processes=processes, **options)
     if not processes.is_first:
         return
-    print_made(target, load_config(str(target)), load_config(source), cost, source, facts)
+    print_made(target, load_config(str(target)), before, cost, source, facts)
 
 
 def healed_facts(report: Any) -> dict[str, str]:
@@ -202,6 +205,21 @@ def print_made(
             lines.append(f"groupformer heal {target} {source} DST --text TEXT")
         lines.append(f"groupformer uptrain {target} --teacher {source} --data TEXT --tokens N")
     print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
+
+
+def result_formats(config: Any, wanted: int | str | dict[int, int]) -> Any:
+    """What can hold the model with the wanted counts, from its config alone; "auto" gives counts by layer.
+
+    Raises:
+        ValueError: counts that the model cannot have, or a model without a cache of heads.
+    """
+    from ..conversion.counts import classes_for
+    from ..measuring.cache import decoder_of, layer_caches
+    from ..regrouping.request import check_counts
+
+    present = [layer.kv_heads for layer in layer_caches(decoder_of(config))]
+    counts = check_counts(present, wanted)
+    return classes_for(config, [*present[:-1], 1] if counts is None else counts)
 
 
 def wanted_heads(text: str) -> int | str | dict[int, int]:
@@ -272,9 +290,7 @@ def uptrain(
     seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep the last ones, to --resume later with more tokens.")
-    ] = False,
+    keep_checkpoints: KeepCheckpoints = False,
     as_json: AsJson = False,
 ) -> None:
     """Win back what a merge lost: train a regrouped model on text, distilling from the original.

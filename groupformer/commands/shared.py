@@ -52,6 +52,9 @@ ShardSize = Annotated[float, typer.Option(min=0.001, help="Largest file of weigh
 Output = Annotated[Path, typer.Option(help="Folder of checkpoints and of the final model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")]
+KeepCheckpoints = Annotated[
+    bool, typer.Option("--keep-checkpoints", help="Keep the last ones, to --resume later and train longer.")
+]
 TextColumn = Annotated[str, typer.Option(help="The column with the text.")]
 Tokenizer = Annotated[
     str | None,

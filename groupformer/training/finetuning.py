@@ -1,6 +1,5 @@
 """Fine-tuning, full or with LoRA, for the tasks of `tasks.py`, on transformers' Trainer."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,14 @@ from ..model.tokenization_groupformer import GroupFormerTokenizer
 from .data import all_ids, expand, load_files, require_column
 from .pretraining import packed_collator
 from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train
-from .run import LengthGroupedTrainer, SaveOnInterrupt, last_checkpoint, prepare_output
+from .run import (
+    LengthGroupedTrainer,
+    SaveOnInterrupt,
+    check_resumable,
+    last_checkpoint,
+    prepare_output,
+    write_results,
+)
 from .tasks import TASKS
 
 
@@ -226,7 +232,12 @@ def best_answers(logits: Any, labels: Any) -> torch.Tensor:
 
 
 def finetune(
-    recipe: FinetuneRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+    recipe: FinetuneRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Fine-tunes a model by a recipe and saves model (or adapter) and tokenizer to `output`.
 
@@ -235,17 +246,21 @@ def finetune(
         output: Folder of checkpoints and of the final model.
         resume: Go on from the last whole checkpoint in `output`, if there is one.
         overwrite: Replace what is in `output`.
+        keep_checkpoints: Keep the best checkpoint when the final model is saved, to go on later with more epochs.
 
     Returns:
         The scores on validation and test, the number of parameters and of trained ones, and the seconds of training.
 
     Raises:
-        ValueError: a recipe or data that cannot be trained on, or an output folder that is not empty.
+        ValueError: a recipe or data that cannot be trained on, an output folder that is not empty, or a finished run
+            to resume.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
     metrics = () if recipe.task == "causal-lm" else ("sklearn", "seqeval")
     require("datasets", "accelerate", *metrics, *(("peft",) if recipe.lora else ()), what="fine-tuning")
     output = Path(output)
+    if resume:
+        check_resumable(output)
     set_seed(recipe.seed)
     splits = load_splits(recipe)
     tokenizer = load_padding_tokenizer(recipe)
@@ -288,7 +303,7 @@ def finetune(
             results |= {key: value for key, value in scores.items() if is_score(key, name)}
     model.config.use_cache = True  # Trainer turns it off for training, and would save that
     save(trainer, recipe, output)
-    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    write_results(trainer, output, results, keep_checkpoints=keep_checkpoints)
     return results
 
 

@@ -5,7 +5,6 @@ that was cut off goes on from its last whole checkpoint, on the same data, to th
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..model.modeling_groupformer import GroupFormerForCausalLM
 from ..model.tokenization_groupformer import GroupFormerTokenizer
 from .data import all_ids, collate_flat, collate_rows, expand, load_files, tokenize_and_pack
 from .recipes import check_model_fields, check_recipe, hardware_arguments, pick_train
-from .run import SaveOnInterrupt, last_checkpoint, prepare_output
+from .run import SaveOnInterrupt, check_resumable, last_checkpoint, prepare_output, write_results
 
 
 COUNTS = ("row_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps")
@@ -224,7 +223,12 @@ def training_arguments(recipe: PretrainRecipe, output: Path, evaluates: bool) ->
 
 
 def pretrain(
-    recipe: PretrainRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+    recipe: PretrainRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Trains a fresh GroupFormer by a recipe and saves model and tokenizer to `output`.
 
@@ -233,16 +237,19 @@ def pretrain(
         output: Folder of checkpoints, log and the final model.
         resume: Go on from the last whole checkpoint in `output`, if there is one.
         overwrite: Replace what is in `output`.
+        keep_checkpoints: Keep the last checkpoints when the final model is saved, to go on later with more steps.
 
     Returns:
         Steps and tokens seen, training loss, and validation loss and bits per byte where there is validation data.
 
     Raises:
-        ValueError: a recipe that cannot be run, or an output folder that is not empty.
+        ValueError: a recipe that cannot be run, an output folder that is not empty, or a finished run to resume.
         KeyboardInterrupt: after Ctrl-C; a checkpoint to resume from has been saved.
     """
     require("datasets", "accelerate", what="pre-training")
     output = Path(output)
+    if resume:
+        check_resumable(output)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.tokenizer) if recipe.tokenizer else GroupFormerTokenizer()
     model = build_model(recipe, tokenizer)
@@ -278,5 +285,5 @@ def pretrain(
             results["validation_bits_per_byte"] = scores["eval_bits_per_byte"]
     model.config.use_cache = True  # Trainer turns it off for training, and would save that
     trainer.save_model(str(output))
-    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
+    write_results(trainer, output, results, keep_checkpoints=keep_checkpoints)
     return results

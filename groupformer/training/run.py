@@ -68,6 +68,16 @@ def remove_checkpoints(output: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def write_results(trainer: Trainer, output: Path, results: dict[str, Any], *, keep_checkpoints: bool) -> None:
+    """Ends a run whose model is saved: results and log beside it; its checkpoints go, unless they are to be kept."""
+    if not trainer.is_world_process_zero():
+        return
+    content = json.dumps({**results, "log": trainer.state.log_history}, indent=2)
+    (output / "results.json").write_text(content, encoding="utf-8")
+    if not keep_checkpoints:
+        remove_checkpoints(output)
+
+
 def check_resumable(output: Path) -> None:
     """Refuses to resume a run that is finished, and whose checkpoints are gone.
 

@@ -8,7 +8,6 @@ documents would see each other, and it has no cross-entropy beside them; its `Di
 that the student generates, for prompts and rewards. What is needed is one loss on transformers' own Trainer.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from .run import (
     last_checkpoint,
     prepare_output,
     refuse_output_in,
-    remove_checkpoints,
+    write_results,
 )
 
 
@@ -460,9 +459,7 @@ def uptrain(
     if original is not None:
         results["original"] = {"loss": original["eval_loss"], "bits_per_byte": original["eval_bits_per_byte"]}
     save(model, tokenizer, output, dtype)
-    (output / "results.json").write_text(json.dumps({**results, "log": trainer.state.log_history}, indent=2))
-    if not keep_checkpoints and trainer.is_world_process_zero():
-        remove_checkpoints(output)
+    write_results(trainer, output, results, keep_checkpoints=keep_checkpoints)
     return results
 
 
