@@ -166,7 +166,7 @@ def test_packed_documents_do_not_see_each_other(position, backend):
     packed = torch.cat([first, second], 1)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with torch.no_grad():
-        together = model(packed, position_ids=positions, use_cache=False).last_hidden_state
+        together = model(packed, position_ids=positions).last_hidden_state
         apart = torch.cat([run_whole(model, first, None), run_whole(model, second, None)], 1)
     assert_close(together, apart.double())
 

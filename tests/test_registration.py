@@ -25,7 +25,9 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import groupformer
 from groupformer import GroupFormerConfig, GroupFormerForCausalLM, GroupFormerTokenizer
@@ -176,6 +178,18 @@ def test_label_smoothing_predicts_the_next_token(tmp_path):
     Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8).train()
     predicted = model.eval()(torch.tensor([row])).logits.argmax(-1)[0].tolist()
     assert predicted[:-1] == row[1:]
+
+
+def test_trainer_smooths_the_labels_of_remote_code_as_well(tmp_path, monkeypatch):
+    randomize(GroupFormerForCausalLM(tiny_config())).save_pretrained(tmp_path)
+    monkeypatch.delitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "groupformer")  # as where the package is not imported
+    remote = get_class_from_dynamic_module("modeling_groupformer.GroupFormerForCausalLM", tmp_path)
+    model, ids = remote.from_pretrained(tmp_path), random_ids(2, 6)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -492,8 +493,8 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*): Token ids `(B, T)`. Give these or `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): `(B, S)` with 1 for real tokens and 0 for padding (what stands
                 behind the last new token is not read), a prepared mask `(B, 1, T, S)`, or a dictionary of them.
-            position_ids (`torch.LongTensor`, *optional*): Positions `(B, T)`. Without mask and cache, positions that
-                start again mark packed documents, which do not see each other.
+            position_ids (`torch.LongTensor`, *optional*): Positions `(B, T)`. Where neither mask nor cache is given,
+                positions that start again mark packed documents, which do not see each other.
             past_key_values, cache (`Cache`, *optional*): Keys and values of earlier tokens, extended in place.
             inputs_embeds (`torch.FloatTensor`, *optional*): Embeddings `(B, T, hidden_size)`.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the cache.
@@ -508,8 +509,6 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cached)
         if inputs_embeds is None:
             inputs_embeds = embed_token_ids(self.embed_tokens, input_ids)
-        if use_cache and cache is None:
-            cache = grow_in_place(DynamicCache(config=self.config))
         attention_mask = crop_mask(attention_mask, inputs_embeds.shape[1], cached)
         masks = attention_mask
         if not isinstance(masks, dict):  # `generate` may have prepared them
@@ -517,6 +516,8 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if position_ids is None:
             position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cached)
         check_positions(self.config, position_ids)
+        if use_cache and cache is None:  # after the masks: with a cache they would not keep packed documents apart
+            cache = grow_in_place(DynamicCache(config=self.config))
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1.0:
             hidden_states = hidden_states * self.config.embedding_multiplier
@@ -632,6 +633,10 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
         if self.config.position_embedding_type == "alibi":
             raise ValueError("position_embedding_type ('alibi') has no continuous batching; use `generate` instead")
         return super().init_continuous_batching(*args, **kwargs)
+
+
+# Trainer shifts the labels for smoothing of the classes that this table names; as remote code nothing else adds ours.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GroupFormerConfig.model_type] = GroupFormerForCausalLM.__name__
 
 
 class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
