@@ -41,7 +41,7 @@ def sources(tmp_path_factory):
     for name in ("whole", "bare", "few"):
         model.save_pretrained(folder / name)
     GroupFormerTokenizer().save_pretrained(folder / "whole")
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1, "bank": 2, "boat": 3}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "lorem": 1, "ipsum": 2, "dolor": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder / "few")
     adapted = get_peft_model(
@@ -68,41 +68,21 @@ WITH_TEXT = {
     "generate": lambda model, text, out: [model, prompt_of(text)],
     "eval": lambda model, text, out: [model, "--file", text],
     "regroup": lambda model, text, out: [model, out, "--kv-heads", "2", "--calibration", text],
+    "heal": lambda model, text, out: [model, model, out, *f"--text {text} --tokens 64 --row-length 16".split()],
     "uptrain": lambda model, text, out: [
-        model,
-        "--teacher",
-        model,
-        "--data",
-        text,
-        "--tokens",
-        "64",
-        *SHORT,
-        "--output",
-        out,
+        *f"{model} --teacher {model} --data {text} --tokens 64 --output {out} --row-length 16".split(),
+        *["--batch-size", "1", "--evaluations", "1"],
     ],
     "finetune": lambda model, text, out: [
-        "--task",
-        "causal-lm",
-        "--model",
-        model,
-        "--train-file",
-        text,
-        "--output",
-        out,
+        *f"--task causal-lm --model {model} --train-file {text} --output {out}".split()
     ],
     "pretrain": lambda model, text, out: [
-        "--tokenizer",
-        model,
-        "--train-file",
-        text,
-        "--max-steps",
-        "1",
-        "--output",
-        out,
+        *f"--tokenizer {model} --train-file {text} --max-steps 1 --output {out}".split()
     ],
     "tokenizer eval": lambda model, text, out: [text, "--tokenizer", model],
 }
-SHORT = ["--row-length", "16", "--batch-size", "1", "--evaluations", "1"]
+
+SHORT = {"finetune": ["--epochs", "1", "--max-length", "32"], "generate": ["--max-new-tokens", "2"]}
 
 # The others that read a checkpoint.
 WITH_MODEL = {
@@ -112,6 +92,7 @@ WITH_MODEL = {
     "import": lambda model, out: [model, out],
     "export": lambda model, out: [model, out],
     "expand": lambda model, out: [model, out, "--kv-heads", "4"],
+    "push": lambda model, out: [model, "nobody/nothing"],
     "demo": lambda model, out: ["--model", model, "--output", out],
     "app": lambda model, out: [model],
 }
@@ -141,8 +122,7 @@ def test_a_folder_without_a_tokenizer_is_refused(command, sources, tmp_path):
 @pytest.mark.parametrize("command", [name for name in WITH_TEXT if name not in ("pretrain", "tokenizer eval")])
 def test_another_tokenizer_stands_in_for_the_one_that_is_missing(command, sources, tmp_path):
     words = WITH_TEXT[command](sources / "bare", sources / "text.jsonl", tmp_path / "out")
-    short = {"finetune": ["--epochs", "1", "--max-length", "32"], "generate": ["--max-new-tokens", "2"]}
-    done = run(command, [*words, "--tokenizer", sources / "whole", *short.get(command, [])])
+    done = run(command, [*words, "--tokenizer", sources / "whole", *SHORT.get(command, [])])
     assert done.exit_code == 0, done.exception
 
 
@@ -160,6 +140,13 @@ def test_text_of_unknown_tokens_is_refused(command, sources, tmp_path):
         (tmp_path / "recipe.yaml").write_text("{row_length: 16}")
         words = [tmp_path / "recipe.yaml", *words]
     refused(command, words, tmp_path / "out", "only unknown tokens (<unk>)", "--tokenizer FOLDER")
+
+
+def test_the_demo_takes_another_tokenizer_and_refuses_one_that_does_not_know_its_text(sources, tmp_path):
+    words = WITH_MODEL["demo"](sources / "bare", tmp_path / "out")
+    refused("demo", words, tmp_path / "out", "has no tokenizer", "--tokenizer FOLDER")
+    words += ["--tokenizer", sources / "few"]
+    refused("demo", words, tmp_path / "out", "the sample text has only unknown tokens", "--tokenizer FOLDER")
 
 
 MISSING = {
@@ -190,7 +177,7 @@ def test_a_missing_reader_of_files_is_named(source, module, extra, sources, tmp_
     refused(words[0], words[1:], tmp_path / "out", module, f'pip install "groupformer[{extra}]"')
 
 
-@pytest.mark.parametrize("command", [name for name in (*WITH_TEXT, *WITH_MODEL) if name != "app"])
+@pytest.mark.parametrize("command", [name for name in (*WITH_TEXT, *WITH_MODEL) if name not in ("app", "push")])
 def test_a_hub_id_without_a_network_is_one_line_at_once(command, sources, tmp_path):
     if command in WITH_TEXT:
         words = WITH_TEXT[command]("nobody/nothing", sources / "text.jsonl", tmp_path / "out")
@@ -199,6 +186,30 @@ def test_a_hub_id_without_a_network_is_one_line_at_once(command, sources, tmp_pa
     started = time.perf_counter()
     refused(command, words, tmp_path / "out", "nobody/nothing is not there", "HF_HUB_OFFLINE=1 forbids")
     assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("source", "token", "parts"),
+    [
+        ("nobody/nothing", "hf_test", ["nobody/nothing is not a folder"]),
+        ("model.gguf", "hf_test", ["model.gguf is not a folder"]),
+        ("adapter", "hf_test", ["is an adapter without its model", "groupformer import"]),
+        ("whole", "", ["someone/model cannot be pushed without a token", "hf auth login"]),
+        ("whole", "hf_test", ["someone/model: the Hub cannot be reached (", "check the network"]),
+        ("whole", "offline", ["someone/model cannot be pushed while HF_HUB_OFFLINE=1", "unset it"]),
+    ],
+)
+def test_a_push_that_cannot_be_is_one_line(source, token, parts, sources, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    def fail(self, repo_id, **options):
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", token == "offline")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token or None)
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    path = source if "/" in source else sources / source
+    refused("push", [path, "someone/model"], tmp_path / "out", *parts)
 
 
 def test_a_network_that_fails_is_told_after_one_try(monkeypatch):
@@ -219,7 +230,8 @@ def test_a_network_that_fails_is_told_after_one_try(monkeypatch):
 
 # Files that transformers loads whole: they are taken as they are --------------------------------------------------
 
-TAKES_ANY_SOURCE = ["generate", "eval", "regroup", "info", "plan", "bench", "import"]
+TAKES_ANY_SOURCE = ["generate", "eval", "regroup", "info", "plan", "bench", "import", "finetune", "heal", "uptrain"]
+WRITES = ("regroup", "import", "finetune", "heal", "uptrain")
 
 
 @pytest.mark.parametrize("source", ["adapter", "model.gguf"])
@@ -228,12 +240,12 @@ def test_adapters_and_gguf_files_are_taken_like_folders(command, source, sources
     if command in WITH_TEXT:
         words = WITH_TEXT[command](sources / source, sources / "text.jsonl", tmp_path / "out")
         words += ["--tokenizer", sources / "whole"] if source == "model.gguf" else []
-        words += ["--max-new-tokens", "2"] if command == "generate" else []
+        words += SHORT.get(command, [])
     else:
         words = WITH_MODEL[command](sources / source, tmp_path / "out")
     done = run(command, words)
     assert done.exit_code == 0, done.exception
-    assert (tmp_path / "out").exists() == (command in ("regroup", "import"))
+    assert (tmp_path / "out").exists() == (command in WRITES)
 
 
 @pytest.mark.parametrize("source", ["adapter", "model.gguf"])
@@ -251,7 +263,12 @@ def test_an_adapter_whose_base_is_gone_names_it(sources, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     for base, part in ((None, "names no base model"), (str(tmp_path / "gone"), "which is not there")):
         path.write_text(json.dumps({**config, "base_model_name_or_path": base}))
-        refused("info", [tmp_path / "adapter"], tmp_path / "out", part, "base_model_name_or_path")
+        for command in TAKES_ANY_SOURCE:
+            if command in WITH_TEXT:
+                words = WITH_TEXT[command](tmp_path / "adapter", sources / "text.jsonl", tmp_path / "out")
+            else:
+                words = WITH_MODEL[command](tmp_path / "adapter", tmp_path / "out")
+            refused(command, words, tmp_path / "out", part, "base_model_name_or_path")
 
 
 # Ctrl-C --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import LOOK, AsJson, checkpoint, print_json, stdout_for_results
+from .shared import LOOK, AsJson, Tokenizer, checkpoint, print_json, stdout_for_results
 
 
 PROMPT = "The cell membrane is"
@@ -44,6 +44,7 @@ def demo(
         str | None, typer.Option(callback=checkpoint, help="Folder or Hub id. Default: the checkpoint of the clone.")
     ] = None,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key-value heads to merge to.")] = 2,
+    tokenizer: Tokenizer = None,
     output: Annotated[Path | None, typer.Option(help="Where to save the small model. Default: runs/demo.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier --output.")] = False,
     as_json: AsJson = False,
@@ -56,12 +57,12 @@ def demo(
     if output is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--output ({folder}) is not empty; choose another folder, or pass --overwrite")
     with stdout_for_results(as_json):
-        results = run(model, kv_heads, folder)
+        results = run(model, kv_heads, folder, tokenizer)
     if as_json:
         print_json(results)
 
 
-def run(source: str | None, kv_heads: int, folder: Path) -> dict[str, Any]:
+def run(source: str | None, kv_heads: int, folder: Path, tokenizer_source: str | None = None) -> dict[str, Any]:
     """Runs the demo, prints each step, and returns what was measured.
 
     Raises:
@@ -74,20 +75,24 @@ def run(source: str | None, kv_heads: int, folder: Path) -> dict[str, Any]:
 
     import groupformer
 
-    from ..conversion.loading import load_checked, load_tokenizer
+    from ..conversion.loading import check_token_ids, load_checked, load_tokenizer
+    from ..measuring.cache import positions_of
     from ..samples import sample_text, shipped_checkpoint
 
     started = time.perf_counter()
     logging.disable_progress_bar()
     source = source or str(shipped_checkpoint())
     original = load_checked(AutoModelForCausalLM, source, dtype=torch.float32)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, tokenizer_source)
     heads = f"{original.config.num_attention_heads} query heads on {original.config.num_key_value_heads} KV heads"
     typer.echo(f"1. Load {source}: {original.num_parameters() / 1e6:.1f} M parameters, {heads}")
     text, held_out = sample_text()
     token_ids = tokenizer(text, return_tensors="pt").input_ids
+    check_token_ids(token_ids[0].tolist(), tokenizer, "the sample text", original.config.vocab_size)
 
-    merged, seconds = timed(groupformer.regroup, original, kv_heads, calibration=token_ids)
+    length = min(token_ids.shape[1], positions_of(original.config) or token_ids.shape[1])
+    calibration = token_ids[:, : token_ids.shape[1] // length * length].view(-1, length)
+    merged, seconds = timed(groupformer.regroup, original, kv_heads, calibration=calibration)
     typer.echo(f"2. Merge to {kv_heads} KV heads, in closed form, without training: {seconds:.1f} s")
     healed = copy.deepcopy(merged)
     rows = token_ids[:, : token_ids.shape[1] // ROW * ROW].reshape(-1, ROW)

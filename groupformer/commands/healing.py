@@ -1,6 +1,7 @@
 """`groupformer heal`: what a merge lost, won back layer by layer."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,19 +59,27 @@ def heal_command(
 
     Example: groupformer heal small big healed --text book.txt
     """
+    from ..conversion.folders import opened_folder, refuse_target
     from ..conversion.loading import best_device
     from ..regrouping.heal_folders import heal_folder
     from ..regrouping.heal_recipe import HealRecipe
 
-    cost = Cost()
-    with phases_bar("healing") as progress:
+    cost, device = Cost(), best_device(device)
+    reader = calibration_reader(text, text_column, tokens, tokenizer, row_length)
+    for source in (student, original):
+        refuse_target(Path(source), target, overwrite)
+    with (
+        opened_folder(student) as folder,
+        opened_folder(original) as original_folder,
+        phases_bar("healing") as progress,
+    ):
         report = heal_folder(
-            student,
-            original,
+            folder,
+            original_folder,
             target,
-            calibration_reader(text, text_column, tokens, tokenizer, row_length),
+            reader,
             HealRecipe(epochs=epochs, joint_epochs=joint_epochs, learning_rate=learning_rate),
-            device=best_device(device),
+            device=device,
             resume=resume,
             overwrite=overwrite,
             max_shard_bytes=int(max_shard_size * 1e9),

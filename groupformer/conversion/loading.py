@@ -74,7 +74,7 @@ def load_adapted(auto_class: Any, source: str | Path, **options: Any) -> Any:
     with refused_by_library(source):
         adapted: Any = PeftModel.from_pretrained(model, str(source))
     if hasattr(adapted.base_model, "merge_and_unload"):
-        adapted = adapted.merge_and_unload()
+        adapted = adapted.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base, which is trained further
     refuse_non_finite(adapted, source)
     return adapted.eval()
 

@@ -1,10 +1,13 @@
 """Push a checkpoint folder to the Hub without loading the model; the code that loads it goes along."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..conversion.loading import refuse_broken_files
+from ..conversion.sources import first_line, is_adapter
 from ..conversion.token_limit import with_token_limit
 from ..model.configuration_groupformer import GroupFormerConfig
 
@@ -83,7 +86,7 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        ValueError: no checkpoint, or broken weights; nothing is uploaded then.
+        ValueError: no checkpoint, broken weights, or a Hub that refuses or cannot be reached; nothing is uploaded.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import filter_repo_objects
@@ -101,17 +104,39 @@ def push_folder(
         contents |= {name: str(MODEL / name) for name in missing_code(folder)}
         if "README.md" not in contents:
             contents["README.md"] = card_of(folder, repo_id).encode()
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.create_commit(
-        repo_id=repo_id,
-        operations=[CommitOperationAdd(name, content) for name, content in contents.items()],
-        revision=revision,
-        commit_message=message or f"Upload {folder.resolve().name}",
-    )
+    with refused_by_hub(repo_id):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id=repo_id,
+            operations=[CommitOperationAdd(name, content) for name, content in contents.items()],
+            revision=revision,
+            commit_message=message or f"Upload {folder.resolve().name}",
+        )
     return str(commit.commit_url)
+
+
+@contextmanager
+def refused_by_hub(repo_id: str) -> Iterator[None]:
+    """Names the repository and a remedy where the Hub is not asked, cannot be reached, or says no."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{repo_id} cannot be pushed while HF_HUB_OFFLINE=1 forbids to ask the Hub; unset it")
+    if get_token() is None:
+        raise ValueError(f"{repo_id} cannot be pushed without a token; log in first with: hf auth login")
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise ValueError(
+            f"the Hub refuses {repo_id}: {first_line(error)}; check the name, or log in as somebody who may write "
+            "there: hf auth login"
+        ) from error
+    except Exception as error:  # no network; the library's versions raise classes of different packages
+        raise ValueError(f"{repo_id}: the Hub cannot be reached ({first_line(error)}); check the network") from error
 
 
 def missing_code(folder: Path) -> list[str]:
@@ -131,6 +156,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: see `push_folder`.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give one that save_pretrained has written")
+    if is_adapter(folder):
+        raise ValueError(f"{folder} is an adapter without its model; merge it first: groupformer import {folder} DST")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained has written")
     if not any(folder.glob("*.safetensors")):
