@@ -86,7 +86,7 @@ class Study:
         path = self.folder / f"{name}.json"
         options = self.options_of(labels)
         if path.exists():
-            self.refuse_other_options(path, options)
+            self.check_same_options(path, options)
         else:
             started = time.time()
             result = {**setting, **compute(), "options": options, "seconds": round(time.time() - started, 1)}
@@ -107,7 +107,7 @@ class Study:
             if value is not None
         }
 
-    def refuse_other_options(self, path: Path, options: dict[str, Any]) -> None:
+    def check_same_options(self, path: Path, options: dict[str, Any]) -> None:
         """Refuses a kept cell of other options; older ones do not say theirs, and are taken."""
         kept = json.loads(path.read_text()).get("options", {})
         for name, value in options.items():

@@ -14,7 +14,7 @@ from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
 from groupformer.measuring.evaluation import evaluate
 from groupformer.training import uptraining
-from groupformer.training.readiness import refuse_leaking
+from groupformer.training.readiness import check_keeps_documents_apart
 from groupformer.training.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
 
 from .helpers import randomize, tiny_config
@@ -220,14 +220,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path):
 @pytest.mark.parametrize("name, option", [("bloom", "four heads"), ("mpt", "four heads"), ("opt", "biases")])
 def test_a_model_in_which_packed_documents_see_each_other_is_refused(name, option):
     with pytest.raises(ValueError) as refusal:
-        refuse_leaking("teacher", "here", native_model(name, option))
+        check_keeps_documents_apart("teacher", "here", native_model(name, option))
     message = f"teacher (here) is a '{name}', in which packed documents see each other; import it first"
     assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("name, option", [("llama", "all biases"), ("gpt2", "odd heads")])
 def test_a_model_that_reads_positions_may_teach(name, option):
-    refuse_leaking("teacher", "here", native_model(name, option))
+    check_keeps_documents_apart("teacher", "here", native_model(name, option))
 
 
 def native(tmp_path, config_class, **fields) -> str:

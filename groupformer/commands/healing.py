@@ -59,7 +59,7 @@ def heal_command(
 
     Example: groupformer heal small big healed --text book.txt
     """
-    from ..conversion.folders import opened_folder, refuse_target
+    from ..conversion.folders import check_target, opened_folder
     from ..conversion.loading import best_device
     from ..regrouping.heal_folders import heal_folder
     from ..regrouping.heal_recipe import HealRecipe
@@ -67,7 +67,7 @@ def heal_command(
     cost, device = Cost(), best_device(device)
     reader = calibration_reader(text, text_column, tokens, tokenizer, row_length)
     for source in (student, original):
-        refuse_target(Path(source), target, overwrite)
+        check_target(Path(source), target, overwrite)
     with (
         opened_folder(student) as folder,
         opened_folder(original) as original_folder,

@@ -77,7 +77,7 @@ def native_code(config_class: type[PreTrainedConfig]) -> str:
     return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__])
 
 
-def refuse_unknown_fields(native: PreTrainedConfig, family: Family) -> None:
+def check_known_fields(native: PreTrainedConfig, family: Family) -> None:
     """Refuse fields that the family's table does not mention and the native model may read.
 
     Files carry many fields that no code reads (`n_ctx`, `gradient_checkpointing`); they are harmless. A field is
@@ -112,7 +112,7 @@ IGNORED_EVERYWHERE = ("auto_map", "_name_or_path", "model_type", "torch_dtype", 
 NOT_REMEMBERED = ("model_type", "transformers_version", "_name_or_path")
 
 
-def refuse_required_fields(native: PreTrainedConfig, family: Family) -> None:
+def check_required_fields(native: PreTrainedConfig, family: Family) -> None:
     for name, row in table_of(family).items():
         value = getattr(native, name, None)
         if isinstance(row, Required) and value not in row.values and not (value is None and not hasattr(native, name)):
@@ -140,8 +140,8 @@ def read_config(native: PreTrainedConfig, family: Family) -> GroupFormerConfig:
     Raises:
         ValueError: a field, named with its value, that GroupFormer cannot express or does not know.
     """
-    refuse_unknown_fields(native, family)
-    refuse_required_fields(native, family)
+    check_known_fields(native, family)
+    check_required_fields(native, family)
     ours = GroupFormerConfig(**read_fields(native, family), family=family.model_type)
     rebuilt = plain(config_class_of(family)(**write_fields(ours, family)))
     ours.native_config = {
@@ -224,7 +224,7 @@ def write_config(ours: GroupFormerConfig, family: Family) -> PreTrainedConfig:
 
 def checked_config(ours: GroupFormerConfig, fields: dict[str, Any], family: Family) -> PreTrainedConfig:
     native = config_class_of(family)(**fields)
-    refuse_difference(ours, native, family)
+    check_same_fields(ours, native, family)
     return native
 
 
@@ -235,7 +235,7 @@ def restore(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def refuse_difference(ours: GroupFormerConfig, native: PreTrainedConfig, family: Family) -> None:
+def check_same_fields(ours: GroupFormerConfig, native: PreTrainedConfig, family: Family) -> None:
     wanted, got = computation(ours), computation(read_config(native, family))
     for name, value in wanted.items():
         if got[name] != value:

@@ -12,7 +12,7 @@ from ..families.registry import FAMILIES, family_named
 from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import Entry, Source
 from .configs import read_config, write_config
-from .weights import KINDS, Group, Plan, Shapes, build_plan, kind_of, native_class, native_name, refuse_other_tensors
+from .weights import KINDS, Group, Plan, Shapes, build_plan, check_tensors, kind_of, native_class, native_name
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def source_names(conversion: Conversion, source: Source) -> dict[str, str]:
                 )
     drop_tied_head(conversion, source, names)
     found = {known: source.entries[name].shape for known, name in names.items()}
-    refuse_other_tensors(found, conversion.source_shapes, source.where)
+    check_tensors(found, conversion.source_shapes, source.where)
     return names
 
 

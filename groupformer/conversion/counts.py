@@ -15,7 +15,7 @@ from ..families.registry import FAMILIES, is_groupformer, own_config
 from ..model.configuration_groupformer import GroupFormerConfig
 from .configs import read_config
 from .convert import families_for
-from .gguf.shapes import refuse_inexact
+from .gguf.shapes import exact_architecture
 from .weights import native_class
 
 
@@ -60,7 +60,7 @@ def classes_for(config: PreTrainedConfig, counts: int | Sequence[int] | None = N
     architectures = []
     for name in families:
         try:
-            architectures.append(refuse_inexact(ours, name).name)
+            architectures.append(exact_architecture(ours, name).name)
         except ValueError:
             continue
     native = [native_class(FAMILIES[name], "ForCausalLM").__name__ for name in families]

@@ -109,7 +109,7 @@ def from_opened_folder(function: Function) -> Function:
 
     @wraps(function)
     def opening(source: str | Path, target: str | Path, *args: Any, overwrite: bool = False, **options: Any) -> Any:
-        refuse_target(Path(source).expanduser(), Path(target).expanduser(), overwrite)
+        check_target(Path(source).expanduser(), Path(target).expanduser(), overwrite)
         with opened_folder(source) as folder:
             return function(folder, target, *args, overwrite=overwrite, **options)
 
@@ -225,7 +225,7 @@ def export_folder(
 # Output that appears whole or not at all -----------------------------------------------------------------------------
 
 
-def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuses a target that would lose something, before any work is done."""
     if target.is_symlink():  # also one that leads nowhere; replaced, it would part from what it names
         raise ValueError(f"the target ({target}) is a link; name the folder itself, or choose another")

@@ -39,7 +39,7 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
     if is_adapter(source):
         return load_adapted(auto_class, source, fresh_head=fresh_head, **options)
     location, gguf = locate(source)
-    refuse_broken_files(source)
+    check_files(source)
     with errors_only(), refused_by_library(source):
         model, report = auto_class.from_pretrained(
             location, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **options
@@ -54,7 +54,7 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
     for name, found, wanted in sorted(report["mismatched_keys"]):
         shapes = f"shape {tuple(found)}, but the config makes it {tuple(wanted)}"
         raise ValueError(f"{file_of(source, name)}: {name} has {shapes}")
-    refuse_non_finite(model, source)
+    check_weights_are_finite(model, source)
     return model
 
 
@@ -75,7 +75,7 @@ def load_adapted(auto_class: Any, source: str | Path, **options: Any) -> Any:
         adapted: Any = PeftModel.from_pretrained(model, str(source))
     if hasattr(adapted.base_model, "merge_and_unload"):
         adapted = adapted.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base, which is trained further
-    refuse_non_finite(adapted, source)
+    check_weights_are_finite(adapted, source)
     return adapted.eval()
 
 
@@ -122,14 +122,14 @@ def errors_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def refuse_broken_files(source: str | Path) -> None:
+def check_files(source: str | Path) -> None:
     """Checks headers, sizes and the index of a folder's safetensors files; other sources are left to transformers."""
     folder = Path(source)
     if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         open_checkpoint(folder)
 
 
-def refuse_non_finite(model: PreTrainedModel, source: str | Path) -> None:
+def check_weights_are_finite(model: PreTrainedModel, source: str | Path) -> None:
     """Refuses a model with NaN or infinity among its weights, by tensor and file."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():

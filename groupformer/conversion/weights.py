@@ -139,8 +139,8 @@ def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_c
             ours = tuple(stem + suffix for stem in our_stems)
             if native_stem + suffix in native_shapes and all(name in our_shapes for name in ours):
                 groups.append(make_group((native_stem + suffix,), ours, operation, our_config, our_shapes))
-    refuse_uncovered(native_shapes, (name for group in groups for name in group.native), family.model_type)
-    refuse_uncovered(our_shapes, (name for group in groups for name in group.ours), "groupformer")
+    check_all_covered(native_shapes, (name for group in groups for name in group.native), family.model_type)
+    check_all_covered(our_shapes, (name for group in groups for name in group.ours), "groupformer")
     return Plan(groups, native_shapes, our_shapes, prefix)
 
 
@@ -157,7 +157,7 @@ def expand(table: Mapping[str, str | Weights], num_layers: int) -> Iterable[tupl
     yield from (row for row in rows[first:] if "*" not in row[0])
 
 
-def refuse_uncovered(shapes: Shapes, covered: Iterable[str], side: str) -> None:
+def check_all_covered(shapes: Shapes, covered: Iterable[str], side: str) -> None:
     counted = list(covered)
     missing = sorted(set(shapes) - set(counted))
     if missing or len(counted) != len(set(counted)):
@@ -196,7 +196,7 @@ def native_name(name: str, shape: tuple[int, ...], plan: Plan, family: Family) -
     return None if is_buffer(name, shape) else known
 
 
-def refuse_other_tensors(found: Shapes, expected: Shapes, where: str) -> None:
+def check_tensors(found: Shapes, expected: Shapes, where: str) -> None:
     """Refuses a checkpoint whose tensors are not the expected ones.
 
     Raises:

@@ -188,7 +188,7 @@ WINDOW: dict[str, Row] = {
 }
 
 
-def refuse_idle_window(native: Any) -> dict[str, Any]:
+def check_window_is_used(native: Any) -> dict[str, Any]:
     """A layer type without its window: the native masks and kernels would disagree."""
     if not native.use_sliding_window and "sliding_attention" in (native.layer_types or []):
         raise ValueError(
@@ -201,7 +201,7 @@ def refuse_idle_window(native: Any) -> dict[str, Any]:
 WINDOWS: dict[str, Row] = {
     **WINDOW,
     "layer_types": "layer_types",
-    "use_sliding_window": Computed(refuse_idle_window, lambda ours: window(ours) is not None),
+    "use_sliding_window": Computed(check_window_is_used, lambda ours: window(ours) is not None),
 }
 
 # Llama's fields that most of its descendants keep.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..conversion.loading import refuse_broken_files
+from ..conversion.loading import check_files
 from ..conversion.sources import first_line, is_adapter
 from ..conversion.token_limit import with_token_limit
 from ..model.configuration_groupformer import GroupFormerConfig
@@ -93,7 +93,7 @@ def push_folder(
 
     folder = Path(folder)
     config = read_config(folder)
-    refuse_broken_files(folder)
+    check_files(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     names = filter_repo_objects(files, allow_patterns=list(BELONGS), ignore_patterns=["checkpoint-*/*"])
     contents: dict[str, str | bytes] = {name: str(files[name]) for name in names}

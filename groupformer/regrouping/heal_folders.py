@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..conversion.folders import (
+    check_target,
     copy_companions,
     from_opened_folder,
     import_folder,
     local_folder,
     read_json,
-    refuse_target,
     write_tokenizer_code,
     written_aside,
 )
@@ -94,7 +94,7 @@ def heal_folder(
     folder, target_folder = local_folder(str(student)), Path(target).expanduser()
     original_folder = local_folder(str(original))
     for source in (folder, original_folder):
-        refuse_target(source, target_folder, overwrite)
+        check_target(source, target_folder, overwrite)
     own, teacher = FolderSource(folder), FolderSource(original_folder)
     ids = token_ids(folder, own.config) if callable(token_ids) else token_ids
     batches = split_batches(ids, own.config, recipe)

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..conversion.checkpoint import open_checkpoint
 from ..conversion.folders import class_name_of, read_json
-from ..conversion.weights import refuse_other_tensors, shapes_of
+from ..conversion.weights import check_tensors, shapes_of
 from ..integrations.loading import load_checkpoint_tensors
 from ..model import modeling_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
@@ -46,7 +46,7 @@ class ModelSource:
     def __init__(self, model: PreTrainedModel):
         self.where, self.model_class, self.config = type(model).__name__, type(model), model.config
         self.model = model
-        refuse_other_layers(model)
+        check_layers(model)
         self.check_all_finite()
 
     def check_all_finite(self) -> None:
@@ -72,7 +72,7 @@ class FolderSource:
         if is_groupformer(self.config):
             tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
             found = {name: entry.shape for name, entry in self.checkpoint.entries.items() if name not in tied}
-            refuse_other_tensors(found, shapes_of(self.model_class, self.config), self.where)
+            check_tensors(found, shapes_of(self.model_class, self.config), self.where)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the file.
@@ -141,7 +141,7 @@ def read_config_and_class(folder: Path, content: dict[str, Any]) -> tuple[PreTra
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def refuse_other_layers(model: PreTrainedModel) -> None:
+def check_layers(model: PreTrainedModel) -> None:
     """Refuses a model whose tensors are not those of its class by its config.
 
     Adapters and quantizers replace layers in place. A model built anew from the config has the plain ones, and nothing

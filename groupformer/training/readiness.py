@@ -23,7 +23,7 @@ SETTINGS = "recipe.json"  # in the output folder: what its checkpoints fit
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def refuse_leaking(name: str, source: str, model: Any) -> None:
+def check_keeps_documents_apart(name: str, source: str, model: Any) -> None:
     """Refuses a model that takes no notice of position_ids: there is nothing else to keep packed documents apart.
 
     Raises:
@@ -59,7 +59,7 @@ def sees_one_document(model: Any, length: int = 4) -> bool:
     return torch.allclose(found, known, rtol=0, atol=ROUNDING * float(known.abs().max()), equal_nan=True)
 
 
-def refuse_no_projections(source: str, model: Any) -> None:
+def check_has_projections(source: str, model: Any) -> None:
     """Refuses adapters of attention projections for a model that has others; some of them would go without.
 
     Raises:
@@ -77,7 +77,7 @@ def refuse_no_projections(source: str, model: Any) -> None:
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_large_ids(rows: Any, name: str, tokenizer: Any, vocab_size: int) -> None:
+def check_ids_fit(rows: Any, name: str, tokenizer: Any, vocab_size: int) -> None:
     """Refuses packed rows with token ids that the model has no embedding for.
 
     Raises:
@@ -93,7 +93,7 @@ def refuse_large_ids(rows: Any, name: str, tokenizer: Any, vocab_size: int) -> N
         )
 
 
-def refuse_other_vocabulary(teacher: str, tokenizer: Any) -> None:
+def check_same_vocabulary(teacher: str, tokenizer: Any) -> None:
     """Refuses a teacher whose folder holds a tokenizer that gives a token another id than ours.
 
     Raises:
@@ -128,7 +128,7 @@ def settings_of(recipe: Any, model: Any) -> dict[str, Any]:
     }
 
 
-def refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
+def check_same_settings(output: Path, settings: dict[str, Any]) -> None:
     """Refuses to go on from checkpoints of other settings. Folders without a record of them are taken as they are.
 
     Raises:

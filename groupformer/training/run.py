@@ -29,7 +29,7 @@ def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Itera
     inputs = list(inputs)
     if output.is_file():
         raise ValueError(f"output ({output}) is a file; choose a folder")
-    refuse_output_in(output, [path for path in inputs if Path(path).resolve() == output.resolve()])
+    check_output_is_no_source(output, [path for path in inputs if Path(path).resolve() == output.resolve()])
     if output.is_dir() and any(output.iterdir()):
         if overwrite and not resume:
             keep = [Path.cwd(), Path.home(), *(Path(path).resolve() for path in inputs)]
@@ -42,7 +42,7 @@ def prepare_output(output: Path, *, resume: bool, overwrite: bool, inputs: Itera
     output.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_output_in(output: Path, sources: Iterable[str | Path]) -> None:
+def check_output_is_no_source(output: Path, sources: Iterable[str | Path]) -> None:
     """Refuses an output that is a folder which the run reads, or lies inside one: its files would be written over.
 
     Raises:

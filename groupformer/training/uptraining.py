@@ -25,21 +25,21 @@ from .data import all_ids, expand, load_files, tokenize_and_pack
 from .pretraining import PackedTrainer, bytes_per_token, packed_collator
 from .readiness import (
     ATTENTION_MODULES,
+    check_has_projections,
+    check_ids_fit,
+    check_keeps_documents_apart,
+    check_same_settings,
+    check_same_vocabulary,
     keep_settings,
-    refuse_large_ids,
-    refuse_leaking,
-    refuse_no_projections,
-    refuse_other_settings,
-    refuse_other_vocabulary,
     settings_of,
 )
 from .recipes import hardware_arguments
 from .run import (
     SaveOnInterrupt,
+    check_output_is_no_source,
     check_resumable,
     last_checkpoint,
     prepare_output,
-    refuse_output_in,
     write_results,
 )
 
@@ -260,11 +260,11 @@ def load_models(recipe: UptrainRecipe) -> tuple[Any, Any, torch.dtype | None]:
     teacher: Any = None
     if recipe.teacher is not None and "teacher" in configs:
         teacher = load_checked(AutoModelForCausalLM, recipe.teacher, dtype="auto").requires_grad_(False)
-    refuse_leaking("model", recipe.model, student)
+    check_keeps_documents_apart("model", recipe.model, student)
     if teacher is not None:
-        refuse_leaking("teacher", str(recipe.teacher), teacher)
+        check_keeps_documents_apart("teacher", str(recipe.teacher), teacher)
     if recipe.lora:
-        refuse_no_projections(recipe.model, student)
+        check_has_projections(recipe.model, student)
     return student, teacher, configs["model"].dtype
 
 
@@ -276,7 +276,7 @@ def load_shared_tokenizer(recipe: UptrainRecipe) -> Any:
     """
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer)
     if recipe.teacher is not None and recipe.kl_weight:
-        refuse_other_vocabulary(recipe.teacher, tokenizer)
+        check_same_vocabulary(recipe.teacher, tokenizer)
     return tokenizer
 
 
@@ -405,16 +405,16 @@ def uptrain(
     if resume:
         check_resumable(output)
     sources = [source for source in (recipe.model, recipe.teacher) if source is not None]
-    refuse_output_in(output, sources)
+    check_output_is_no_source(output, sources)
     set_seed(recipe.seed)
     tokenizer = load_shared_tokenizer(recipe)
     student, teacher, dtype = load_models(recipe)
     train_rows, validation_rows = load_rows(recipe, tokenizer)
     for name, rows in (("training", train_rows), ("validation", validation_rows)):
-        refuse_large_ids(rows, name, tokenizer, student.config.get_text_config().vocab_size)
+        check_ids_fit(rows, name, tokenizer, student.config.get_text_config().vocab_size)
     settings, checkpoint = settings_of(recipe, student), last_checkpoint(output) if resume else None
     if checkpoint is not None:
-        refuse_other_settings(output, settings)
+        check_same_settings(output, settings)
     # Whatever can fail comes first: an output that is overwritten is gone.
     model = add_lora(student, recipe) if recipe.lora else student
     if recipe.attention_only:

@@ -25,7 +25,7 @@ from ..folders import (
     written_aside,
 )
 from ..shards import MAX_SHARD_BYTES, Progress, ignore_progress, unchanged, write_shards
-from ..weights import refuse_other_tensors, shapes_of
+from ..weights import check_tensors, shapes_of
 
 
 CODE = Path(__file__).with_name("configuration_decilm.py")
@@ -69,7 +69,7 @@ def export_decilm(
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     names = [name for name in checkpoint.entries if name not in tied]
     found = {name: checkpoint.entries[name].shape for name in names}
-    refuse_other_tensors(found, shapes_of(GroupFormerForCausalLM, config), checkpoint.where)
+    check_tensors(found, shapes_of(GroupFormerForCausalLM, config), checkpoint.where)
     with written_aside(target_folder) as aside:
         pieces = (unchanged(checkpoint, name) for name in names)
         write_shards(pieces, aside, max_shard_bytes=max_shard_bytes, progress=progress)

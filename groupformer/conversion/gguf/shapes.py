@@ -189,7 +189,7 @@ def rope_metadata(config: GroupFormerConfig) -> dict[str, Any]:
     return metadata
 
 
-def refuse_inexact(config: GroupFormerConfig, family: str) -> Architecture:
+def exact_architecture(config: GroupFormerConfig, family: str) -> Architecture:
     """The architecture that computes a config exactly.
 
     Raises:

@@ -24,8 +24,8 @@ from ..checkpoint import Entry, open_checkpoint
 from ..configs import write_config
 from ..folders import class_name_of, local_folder, read_json
 from ..shards import Progress, ignore_progress
-from ..weights import Group, expand, make_group, refuse_other_tensors, refuse_uncovered, shapes_of
-from .shapes import Architecture, refuse_inexact, rope_metadata
+from ..weights import Group, check_all_covered, check_tensors, expand, make_group, shapes_of
+from .shapes import Architecture, exact_architecture, rope_metadata
 from .tokenizer import tokenizer_metadata
 
 
@@ -69,7 +69,7 @@ def export_gguf(
     metadata |= tokenizer_metadata(folder, config) if tokenizer else {"tokenizer.ggml.model": "none"}
     checkpoint = open_checkpoint(folder)
     shapes = shapes_of(GroupFormerForCausalLM, config)
-    refuse_other_tensors({name: entry.shape for name, entry in checkpoint.entries.items()}, shapes, checkpoint.where)
+    check_tensors({name: entry.shape for name, entry in checkpoint.entries.items()}, shapes, checkpoint.where)
     groups = build_groups(config, architecture, shapes)
     with file_written_aside(target) as path:
         writer = gguf.GGUFWriter(path, architecture.name)
@@ -107,7 +107,7 @@ def plan_gguf(config: GroupFormerConfig, class_name: str | None, family_name: st
         raise ValueError("this model was not imported, so family (None) is needed, e.g. --family llama")
     family = family_named(family_name or config.family)
     write_config(config, family)  # refuses what the family cannot express
-    return refuse_inexact(config, family.model_type)
+    return exact_architecture(config, family.model_type)
 
 
 # Metadata ------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def build_groups(config: GroupFormerConfig, architecture: Architecture, shapes: 
             names = tuple(name + suffix for name in ours)
             if all(name in shapes for name in names):
                 groups.append(make_group((stem + suffix,), names, operation, config, shapes))
-    refuse_uncovered(shapes, (name for group in groups for name in group.ours), "llama.cpp's " + architecture.name)
+    check_all_covered(shapes, (name for group in groups for name in group.ours), "llama.cpp's " + architecture.name)
     return groups
 
 

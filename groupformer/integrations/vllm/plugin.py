@@ -31,7 +31,7 @@ def register() -> None:
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            refuse_what_vllm_gets_wrong(vllm_config)
+            check_vllm_can_serve(vllm_config)
 
     known = ModelRegistry.get_supported_archs()
     for name in MODELS:
@@ -47,7 +47,7 @@ def choose_pooling(model_config: Any) -> None:
         pooler_config.seq_pooling_type = "MEAN"
 
 
-def refuse_what_vllm_gets_wrong(vllm_config: Any) -> None:
+def check_vllm_can_serve(vllm_config: Any) -> None:
     """Raises where vLLM would compute something else than the model, or fail without saying why.
 
     Raises:
