@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 import groupformer as groupformer_package
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
-from groupformer.integrations.hub import missing_code, push_folder
+from groupformer.integrations.hub import card_of, missing_code, push_folder, read_config
 from groupformer.measuring.speed import measure
 
 from .helpers import randomize, tiny_config
+from .helpers_families import native_model
 from .hub_server import running_hub
 from .test_hub import LOAD, WITHOUT_PACKAGE, run
 
@@ -70,6 +71,23 @@ def test_a_push_is_one_commit_with_code_and_card(folder, tmp_path):
     code = {path.name for path in (Path(groupformer_package.__file__).parent / "model").glob("*_groupformer.py")}
     assert files >= code | {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     assert not list(folder.glob("*_groupformer.py"))  # the folder is as it was
+
+
+def test_a_pushed_card_says_what_was_done_to_the_heads(tmp_path):
+    """Also of models that were regrouped in memory, native ones too; a native model as it was needs no card."""
+    llama = native_model("llama", "every head its own keys")
+    models = {
+        "native": groupformer_package.regroup(llama, 3),
+        "ours": groupformer_package.regroup(llama, {0: 2}, method="mean"),
+        "as it was": llama,
+    }
+    cards = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        cards[name] = card_of(tmp_path / name, "me/pushed", read_config(tmp_path / name))
+    assert cards["as it was"] is None
+    assert "- 6 -> 3 KV heads: svd, similar" in cards["native"] and "trust_remote_code" not in cards["native"]
+    assert "- 6 -> by layer KV heads: mean, similar" in cards["ours"] and "# pushed" in cards["ours"]
 
 
 @pytest.mark.slow

@@ -191,10 +191,13 @@ def test_info_and_the_card_say_what_was_done(tmp_path):
     tiny_native("llama", "every head its own keys").save_pretrained(tmp_path / "old")
     (tmp_path / "old" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     regroup_folder(tmp_path / "old", tmp_path / "once", 3, calibration=CALIBRATION)
+    with open(tmp_path / "once" / "README.md", "a") as card:
+        card.write("\n# Thanks\n")
     regroup_folder(tmp_path / "once", tmp_path / "twice", 1, method="mean", grouping="adjacent")
     card = (tmp_path / "twice" / "README.md").read_text()
     lines = ["6 -> 3 KV heads: svd, similar, calibrated on 120 tokens", "3 -> 1 KV heads: mean, adjacent"]
     assert card.startswith("---\nlicense: mit\n---\n# A model\n") and all(card.count(line) == 1 for line in lines)
+    assert card.endswith("\n\n# Thanks\n")  # what its owner wrote
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "twice")]).stdout
     assert all(line in shown for line in lines)
     as_json = json.loads(CliRunner().invoke(app, ["info", str(tmp_path / "twice"), "--json"]).stdout)

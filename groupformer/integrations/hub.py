@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..conversion.loading import check_files
@@ -102,8 +103,9 @@ def push_folder(
         if limited is not None:
             contents["tokenizer_config.json"] = limited.encode()
         contents |= {name: str(MODEL / name) for name in missing_code(folder)}
-        if "README.md" not in contents:
-            contents["README.md"] = card_of(folder, repo_id).encode()
+    card = None if "README.md" in contents else card_of(folder, repo_id, config)
+    if card is not None:
+        contents["README.md"] = card.encode()
     with refused_by_hub(repo_id):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -168,8 +170,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def card_of(folder: Path, repo_id: str) -> str:
-    """A card that says what a checkpoint is, from its config alone."""
+def card_of(folder: Path, repo_id: str, content: dict[str, Any]) -> str | None:
+    """A card that says what a checkpoint is and what was done to its heads; None for a native one that is as it was.
+
+    Args:
+        content: Of its config.json.
+    """
+    from .model_card import regrouped_card
+
+    card = groupformer_card(folder, repo_id) if content.get("model_type") == "groupformer" else None
+    return regrouped_card(card, SimpleNamespace(**content)) if content.get("regrouping") else card
+
+
+def groupformer_card(folder: Path, repo_id: str) -> str:
+    """A card that says what a GroupFormer is, from its config alone."""
     import torch
 
     from ..measuring.cache import cache_bytes_per_token

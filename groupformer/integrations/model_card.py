@@ -34,13 +34,17 @@ def regrouping_lines(config: Any) -> list[str]:
     """What was done to the key-value heads, a line for each time, e.g. "9 -> 3 KV heads: svd, similar, ..."."""
     lines = []
     for entry in getattr(config, "regrouping", None) or []:
-        counts = " -> ".join(str(entry[end]) if isinstance(entry[end], int) else "by layer" for end in ("from", "to"))
-        facts = [entry["method"], *([entry["grouping"]] if "grouping" in entry else [])]
+        facts = [entry[name] for name in ("method", "grouping") if name in entry]
         if entry.get("calibration_tokens"):
             facts.append(f"calibrated on {entry['calibration_tokens']:,} tokens")
         if entry.get("healing"):
             facts.append(f"healed on {entry['healing']['tokens']:,} tokens")
-        lines.append(f"{counts} KV heads: {', '.join(facts)}; GroupFormer {entry['version']}")
+        line = ", ".join(facts)
+        if "from" in entry:  # an entry without counts tells of healing alone
+            ends = (entry["from"], entry["to"])
+            counts = " -> ".join(str(end) if isinstance(end, int) else "by layer" for end in ends)
+            line = f"{counts} KV heads: {line}; GroupFormer {entry['version']}"
+        lines.append(line)
     return lines
 
 
@@ -48,13 +52,15 @@ def regrouped_card(original: str | None, config: Any) -> str:
     """The card of a regrouped checkpoint: the original's, and a section that says what was done.
 
     Args:
-        original: Text of the original's README.md, if it has one.
+        original: Text of the original's README.md, if it has one. A section of ours in it gives way to the new one.
         config: Of the result.
     """
-    text = (original or "---\nlibrary_name: transformers\n---\n").partition(REGROUPED_HEADING)[0].rstrip()
+    text = original or "---\nlibrary_name: transformers\n---\n"
+    before, _, rest = text.partition(REGROUPED_HEADING)
+    _, heading, after = rest.partition("\n#")  # what others wrote behind our section stays
     lines = "\n".join(f"- {line}" for line in regrouping_lines(config))
     sentence = "The attention of this checkpoint was changed; all else is the original."
-    return f"{text}\n\n{REGROUPED_HEADING}\n\n{sentence}\n\n{lines}\n"
+    return f"{before.rstrip()}\n\n{REGROUPED_HEADING}\n\n{sentence}\n\n{lines}\n{heading}{after}"
 
 
 def card_data(model_name: str, results: dict[str, Any]) -> ModelCardData:
