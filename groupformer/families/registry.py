@@ -44,11 +44,29 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (importlib.import_module(f"{__package__}.{name}").FAMILY for name in NAMES)
 }
 
+EXPERTS = "its MLPs are mixtures of experts"
+ZERO_CENTRED = "its norms store their weights minus one"
+
 REFUSED: dict[str, str] = {
-    "gemma": "its embeddings are multiplied by a factor rounded to the weights' dtype, and its norms store their "
-    "weights minus one",
+    "apertus": "its MLP's activation has weights of its own (xIELU)",
+    "dots1": EXPERTS,
+    "gemma": f"{ZERO_CENTRED}, and its embeddings are multiplied by a factor rounded to the weights' dtype",
     "gemma2": "it caps its scores and logits (attn_logit_softcapping, final_logit_softcapping), and has norms both "
     "before and after each sublayer",
+    "gemma3_text": f"{ZERO_CENTRED}, stand both before and after each sublayer, and RoPE differs by layer",
+    "glm4": "it has norms both before and after each sublayer",
+    "glm4_moe": EXPERTS,
+    "gpt_oss": EXPERTS,
+    "granitemoe": EXPERTS,
+    "hunyuan_v1_dense": "its norms on queries and keys follow RoPE",
+    "ministral3": "its queries are scaled by their positions",
+    "mixtral": EXPERTS,
+    "nemotron": ZERO_CENTRED,
+    "olmo": "its norms have no weights",
+    "olmoe": EXPERTS,
+    "phimoe": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
 }
 
 
@@ -61,7 +79,10 @@ def family_named(model_type: str | None) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in REFUSED:
-        raise ValueError(f"model_type ({model_type!r}) cannot be imported exactly: {REFUSED[model_type]}")
+        raise ValueError(
+            f"model_type ({model_type!r}) cannot be imported exactly: {REFUSED[model_type]}; regroup takes the native "
+            "model as it is"
+        )
     raise ValueError(f"model_type ({model_type!r}) is not a known family; choose one of {', '.join(sorted(FAMILIES))}")
 
 
