@@ -63,7 +63,7 @@ def regroup(
             measured. Without it, the weights of the norm before each layer stand for them.
         budget: With "auto", the share of the present cache to keep, e.g. 0.25.
         heal: How the merged attention learns from the present one on the calibration tokens: a recipe or its fields,
-            `{}` for the defaults, `{"epochs": 0}` for the closed form alone. See `groupformer.heal`.
+            `{}` for the defaults, `{"epochs": 0, "joint_epochs": 0}` for the closed form alone. See `heal`.
         seed: Of the method "random".
         device: Where the layers are computed for calibration, one at a time.
         dtype: In which they are computed.
