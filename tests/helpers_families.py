@@ -19,7 +19,7 @@ from .helpers import random_ids, randomize
 # Options that transformers' own classes fail on below a version: Phi forgets the share of RoPE that its config says,
 # and generation configs refuse the pad token -1.
 WORKS_SINCE = {
-    ("phi", "a quarter turned, linear rope"): "5.23",
+    ("phi", "a quarter rotated, linear rope"): "5.23",
     ("llama", "pad token outside the vocabulary"): "5.23",
 }
 

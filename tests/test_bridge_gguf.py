@@ -129,7 +129,7 @@ def test_bfloat16_stays_and_norms_become_float32(tmp_path):
         ("llama", "dynamic rope", "rope_parameters"),
         ("mistral", "window shorter than the prompt", "sliding_window"),
         ("gpt2", "scores by layer", "attention_multiplier"),
-        ("gpt_neox", "parallel, a quarter turned", "hidden_act"),
+        ("gpt_neox", "parallel, a quarter rotated", "hidden_act"),
         ("smollm3", "RoPE in every second layer", "no_rope_layers"),
         ("olmo2", "odd heads, wide, one layer", "head_dim"),
         ("qwen3", "biases, tied", "attention_bias"),
@@ -281,7 +281,7 @@ def test_llama_cpp_generates_the_same_tokens(tmp_path, name, option):
 @pytest.mark.parametrize(
     ("name", "option", "changes"),
     [
-        ("gpt_neox", "parallel, a quarter turned", {"hidden_act": "gelu_new"}),
+        ("gpt_neox", "parallel, a quarter rotated", {"hidden_act": "gelu_new"}),
         ("gpt_neox", "in sequence", {"hidden_act": "gelu_new"}),
         ("smollm3", "RoPE in every second layer", {"no_rope_layers": [1, 1, 1, 0, 1], "num_hidden_layers": 5}),
     ],

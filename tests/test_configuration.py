@@ -48,7 +48,7 @@ ILLEGAL = [
     ({"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, "rope_parameters['factor'] (-2.0) must be greater than 0"),  # noqa: E501
     ({"rope_parameters": {"rope_theta": 0.0}}, "rope_parameters['rope_theta'] (0.0) must be greater than 0"),
     ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor'] (1.5)"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "give 3 rotary dimensions, but RoPE turns pairs"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "give 3 rotary dimensions, but RoPE rotates pairs"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs by layer type"),
     ({"head_dim": 7}, "head_dim"),
     ({"position_embedding_type": "alibi", "rope_parameters": {"rope_theta": 1e4}}, "needs position_embedding_type='rope', but it is 'alibi'"),  # noqa: E501

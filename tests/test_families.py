@@ -224,7 +224,7 @@ def test_export_to_another_family_is_exact(name, option, family):
         ("mistral", "window shorter than the prompt", "llama", "sliding_window"),
         ("qwen3", "wide heads", "llama", "qk_norm"),
         ("olmo2", "grouped queries", "qwen3", "norm_position"),
-        ("phi", "half of each head turned", "gpt_neox", "shared_parallel_norm"),
+        ("phi", "half of each head rotated", "gpt_neox", "shared_parallel_norm"),
         ("gpt2", "scores by layer", "gpt_bigcode", "attention_multiplier"),
         ("llama", "grouped queries", "gpt2", "position_embedding_type"),
         ("smollm3", "RoPE in every second layer", "llama", "no_rope_layers"),

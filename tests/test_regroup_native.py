@@ -23,7 +23,7 @@ GROUPED = [
     ("qwen3", "wide heads"),
     ("olmo2", "grouped queries"),
     ("starcoder2", "biases"),
-    ("phi", "half of each head turned"),
+    ("phi", "half of each head rotated"),
 ]
 
 

@@ -284,7 +284,7 @@ def same_in_all(values) -> Any:
 
 
 def coverage(family: Family) -> set[str]:
-    """Fields of the native config class that a family's table forgot: none, or it is refused by the tests."""
+    """Fields of the native config class that a family's table lacks; the tests require that there are none."""
     return declared_fields(config_class_of(family)) - set(table_of(family))
 
 

@@ -17,7 +17,7 @@ from .weights import KINDS, Group, Plan, Shapes, build_plan, check_tensors, kind
 
 @dataclass(frozen=True)
 class Conversion:
-    """One model's way from native to ours, or back: what it becomes, and the groups that take it there."""
+    """The conversion of a model, native to ours or back: the result's config and class, and the groups of tensors."""
 
     family: Family
     kind: str
@@ -53,7 +53,7 @@ class Conversion:
 
 
 def plan_import(native_config: PreTrainedConfig, class_name: str | None) -> Conversion:
-    """From a native config and model class name to ours.
+    """Plan the conversion of a native config and model class name to ours.
 
     Raises:
         ValueError: an unknown or refused family, kind of model, or field.
@@ -65,7 +65,7 @@ def plan_import(native_config: PreTrainedConfig, class_name: str | None) -> Conv
 
 
 def plan_export(our_config: GroupFormerConfig, class_name: str | None, family_name: str | None) -> Conversion:
-    """From ours to a native family, by default the one it came from.
+    """Plan the conversion of ours to a native family, by default the one it came from.
 
     Raises:
         ValueError: no family is known for this model, or the family cannot express one of its fields.

@@ -239,7 +239,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its name when all went well, and disappears when not.
+    """A temporary folder beside the target, renamed to it on success and removed on failure.
 
     So do the folders above it that were made for it.
     """
@@ -304,7 +304,7 @@ def write_tokenizer_code(folder: Path) -> None:
 
 
 def name_tokenizer(conversion: Conversion, source: Path) -> None:
-    """Where only the native model type told which tokenizer this is, our config has to name it."""
+    """Name the tokenizer's class in its config, where only the native model type implied it."""
     path = source / "tokenizer_config.json"
     named = read_json(path).get("tokenizer_class") if path.exists() else None
     if named or getattr(conversion.native_config, "tokenizer_class", None):
@@ -315,7 +315,7 @@ def name_tokenizer(conversion: Conversion, source: Path) -> None:
 
 
 def free_tokenizer_of_our_code(folder: Path) -> None:
-    """A native checkpoint must load where GroupFormer is not, so our tokenizer becomes the plain class below it."""
+    """Write our tokenizer as its plain base class, so that the native checkpoint loads without GroupFormer."""
     path = folder / "tokenizer_config.json"
     content = read_json(path) if path.exists() else {}
     if content.get("tokenizer_class") == "GroupFormerTokenizer":

@@ -109,7 +109,7 @@ def refused_by_library(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Keeps transformers' notes quiet, since what matters in them is raised as an error; and bars out of log files."""
+    """Silence transformers' warnings, whose causes are raised as errors, and progress bars in log files."""
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

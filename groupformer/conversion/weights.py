@@ -104,7 +104,7 @@ def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> S
 
 
 def rotary_dim_of(config: GroupFormerConfig) -> int:
-    """Leading features of a head that RoPE turns; 0 without RoPE."""
+    """Leading features of a head that RoPE rotates; 0 without RoPE."""
     if not config.rope_parameters:
         return 0
     return int((config.head_dim or 0) * float(config.rope_parameters.get("partial_rotary_factor") or 1.0))

@@ -1,4 +1,4 @@
-"""Command R: attention and MLP side by side on one LayerNorm, and RoPE that turns neighbouring features."""
+"""Command R: attention and MLP side by side on one LayerNorm, and RoPE that rotates neighbouring features."""
 
 from typing import Any
 

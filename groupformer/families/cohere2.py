@@ -7,7 +7,7 @@ from .family import TINY_LLAMA, WINDOW, Computed, Family
 
 
 def read_layer_types(native: Any) -> dict[str, Any]:
-    """Only layers with a window turn their queries and keys."""
+    """Only layers with a window rotate their queries and keys."""
     slides = [kind == "sliding_attention" for kind in native.layer_types]
     return {"layer_types": native.layer_types, "no_rope_layers": [int(each) for each in slides]}
 

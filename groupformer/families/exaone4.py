@@ -8,8 +8,8 @@ from .olmo2 import FAMILY as OLMO2
 
 def read_layer_types(native: Any) -> dict[str, Any]:
     """Where some layers have a window, the others have no RoPE; without a window, all have it."""
-    turned = [native.sliding_window is None or kind == "sliding_attention" for kind in native.layer_types]
-    return {"layer_types": native.layer_types, "no_rope_layers": [int(each) for each in turned]}
+    rotated = [native.sliding_window is None or kind == "sliding_attention" for kind in native.layer_types]
+    return {"layer_types": native.layer_types, "no_rope_layers": [int(each) for each in rotated]}
 
 
 FAMILY = Family(

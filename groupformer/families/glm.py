@@ -20,8 +20,8 @@ FAMILY = Family(
     },
     tiny={**TINY_LLAMA, "head_dim": 8, "eos_token_id": [2, 3]},
     examples={
-        "half of each head turned": {},
-        "whole heads turned, no biases, tied": {
+        "half of each head rotated": {},
+        "whole heads rotated, no biases, tied": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
             "attention_bias": False,
             "tie_word_embeddings": True,

@@ -61,14 +61,14 @@ FAMILY = Family(
         "eos_token_id": 2,
     },
     examples={
-        "parallel, a quarter turned": {},
+        "parallel, a quarter rotated": {},
         "in sequence": {"use_parallel_residual": False},
         "no attention biases, tied, one layer": {
             "attention_bias": False,
             "tie_word_embeddings": True,
             "num_hidden_layers": 1,
         },
-        "whole heads turned, linear rope": {
+        "whole heads rotated, linear rope": {
             "rope_parameters": {
                 "rope_type": "linear",
                 "rope_theta": 10000.0,

@@ -54,8 +54,8 @@ FAMILY = Family(
     },
     tiny={**TINY_GPT2, "rotary_dim": 4},
     examples={
-        "half of each head turned": {},
-        "whole heads turned, narrow MLP": {"rotary_dim": 8, "n_inner": 20},
+        "half of each head rotated": {},
+        "whole heads rotated, narrow MLP": {"rotary_dim": 8, "n_inner": 20},
         "another activation, tied, one layer": {
             "activation_function": "relu",
             "tie_word_embeddings": True,

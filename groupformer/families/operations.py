@@ -21,7 +21,7 @@ class Context:
     """What an operation may ask: the sizes of our side of the group."""
 
     head_dim: int
-    rotary_dim: int  # leading features of a head that RoPE turns; 0 without RoPE
+    rotary_dim: int  # leading features of a head that RoPE rotates; 0 without RoPE
     rows: tuple[int, ...]  # leading size of each of our tensors
 
 
@@ -69,7 +69,7 @@ class GroupedHeads(Operation):
 
 
 class InterleavedRope(Operation):
-    """RoPE that turns neighbours `(x[2j], x[2j + 1])` (Su et al. 2021; Cohere) where ours turns `(x[j], x[j + d/2])`.
+    """RoPE that rotates neighbours `(x[2j], x[2j + 1])` (Su et al. 2021; Cohere); ours rotates `(x[j], x[j + d/2])`.
 
     The rows of each head are sorted, even ones first; scores do not change, because queries and keys move alike.
     """
@@ -84,9 +84,9 @@ class InterleavedRope(Operation):
     def _rearrange(tensor: torch.Tensor, context: Context, pairs: tuple[int, int]) -> torch.Tensor:
         features = tensor.shape[1:]
         heads = tensor.view(-1, context.head_dim, *features)
-        turned, kept = heads.split((context.rotary_dim, context.head_dim - context.rotary_dim), dim=1)
-        turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
-        return torch.cat((turned, kept), dim=1).reshape(tensor.shape)
+        rotated, kept = heads.split((context.rotary_dim, context.head_dim - context.rotary_dim), dim=1)
+        rotated = rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+        return torch.cat((rotated, kept), dim=1).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ FAMILY = Family(
     },
     tiny={**TINY_LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3},
     examples={
-        "half of each head turned": {},
+        "half of each head rotated": {},
         "norms on queries and keys": {"qk_layernorm": True},
         "grouped queries, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-        "a quarter turned, linear rope": {
+        "a quarter rotated, linear rope": {
             "rope_parameters": {
                 "rope_type": "linear",
                 "rope_theta": 10000.0,

@@ -51,7 +51,7 @@ FAMILY = Family(
     examples={
         "grouped queries": {},
         "window shorter than the prompt, tied": {"sliding_window": 5, "tie_word_embeddings": True},
-        "half turned, one layer": {
+        "half rotated, one layer": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
             "num_hidden_layers": 1,
         },

@@ -30,9 +30,9 @@ FAMILY = Family(
     weights=LLAMA_WEIGHTS,
     tiny={**TINY_LLAMA, "hidden_size": 48, "num_attention_heads": 6},
     examples={
-        "in sequence, a quarter turned": {},
+        "in sequence, a quarter rotated": {},
         "parallel, biases": {"use_parallel_residual": True, "use_qkv_bias": True},
-        "half turned, tied, one layer": {
+        "half rotated, tied, one layer": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
             "tie_word_embeddings": True,
             "num_hidden_layers": 1,

@@ -466,7 +466,7 @@ class GroupFormerConfig(PreTrainedConfig):
         if rotary_dim % 2 != 0 or rotary_dim == 0:
             raise ValueError(
                 f"head_dim ({self.head_dim}) and rope_parameters['partial_rotary_factor'] ({partial}) give "
-                f"{rotary_dim} rotary dimensions, but RoPE turns pairs; choose an even number above 0"
+                f"{rotary_dim} rotary dimensions, but RoPE rotates pairs; choose an even number above 0"
             )
         if rope_type == "dynamic" and rotary_dim == 2:
             raise ValueError(

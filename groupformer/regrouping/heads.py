@@ -16,7 +16,7 @@ class Geometry:
 
     Args:
         num_heads, num_key_value_heads, head_dim: Of the layer.
-        rotary_dim: Leading features of each head that RoPE turns, in pairs (j, j + rotary_dim / 2); 0 without RoPE.
+        rotary_dim: Leading features of each head that RoPE rotates, in pairs (j, j + rotary_dim / 2); 0 without RoPE.
         qk_norm: None, "head" or "projection": what a norm on queries and keys divides by.
         has_norm_by_head: Whether that norm has other weights for each head.
         sign_is_free: Whether the norm of queries and keys commutes with a change of one head's sign.

@@ -1,4 +1,4 @@
-"""What is refused before uptraining begins: models, tokenizers and outputs with which a run would go wrong unseen."""
+"""Checks before uptraining begins: models, tokenizers and outputs with which a run would go wrong without an error."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ SETTINGS = "recipe.json"  # in the output folder: what its checkpoints fit
 
 
 def check_keeps_documents_apart(name: str, source: str, model: Any) -> None:
-    """Refuses a model that takes no notice of position_ids: there is nothing else to keep packed documents apart.
+    """Refuse a model that ignores position_ids, which alone keep packed documents apart.
 
     Raises:
         ValueError: such a model, by name.
@@ -60,7 +60,7 @@ def sees_one_document(model: Any, length: int = 4) -> bool:
 
 
 def check_has_projections(source: str, model: Any) -> None:
-    """Refuses adapters of attention projections for a model that has others; some of them would go without.
+    """Refuse adapters on attention projections for a model whose projections have other names.
 
     Raises:
         ValueError: such a model, by name.

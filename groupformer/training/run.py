@@ -63,7 +63,7 @@ def last_checkpoint(output: Path) -> str | None:
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Removes what only a run that goes on needs: float32 weights and the optimizer's state, six times the result."""
+    """Remove what only resuming needs: float32 weights and the optimizer's state, six times the result's size."""
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
