@@ -5,6 +5,7 @@ Commands run in this process, but Ctrl-C, which needs one of its own.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerTokenizer
 from groupformer.commands.main import app, in_one_line
+from groupformer.commands.shared import TrainingInterruptedError, resumable_healing
 from groupformer.conversion import import_folder
 from groupformer.conversion.gguf.writer import export_gguf
 from groupformer.conversion.sources import check_on_hub
+from groupformer.regrouping.heal_folders import merged_folder, work_folder
 
 
 TEXT = "The river is wide, and the ferry is slow. " * 60
@@ -271,6 +274,17 @@ def test_an_adapter_whose_base_is_gone_names_it(sources, tmp_path):
             refused(command, words, tmp_path / "out", part, "base_model_name_or_path")
 
 
+@pytest.mark.parametrize("command", ["finetune", "uptrain"])
+def test_a_generation_config_that_transformers_would_not_save_costs_no_training(command, sources, tmp_path):
+    shutil.copytree(sources / "whole", tmp_path / "model")
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "eos_token_id": 1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    words = WITH_TEXT[command](tmp_path / "model", sources / "text.jsonl", tmp_path / "out")
+    done = run(command, [*words, *SHORT.get(command, [])])
+    assert done.exit_code == 0, done.exception
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id in (1, [1])
+
+
 # Ctrl-C --------------------------------------------------------------------------------------------------------------
 
 
@@ -285,17 +299,49 @@ def interrupted(arguments, seconds):
     return process.returncode, output, [line for line in errors.splitlines() if "interrupted" in line], errors
 
 
+def test_ctrl_c_while_layers_heal_says_how_to_go_on_or_leaves_nothing(tmp_path):
+    work, merged = work_folder(tmp_path / "out"), merged_folder(tmp_path / "out")
+    for layers, error in ((0, KeyboardInterrupt), (2, TrainingInterruptedError)):
+        for folder in (work, merged):
+            folder.mkdir()
+        for layer_idx in range(layers):
+            (work / f"layer-{layer_idx}.safetensors").touch()
+        with pytest.raises(error) as raised, resumable_healing(tmp_path / "out"):
+            raise KeyboardInterrupt
+        assert work.exists() == merged.exists() == (layers > 0)
+    assert "2 healed layers saved: type the same line with --resume" in str(raised.value)
+
+
+# Every command that can take long: what makes it take long. Of training runs a checkpoint may stay, of others nothing.
+LONG = {
+    "eval": [],
+    "regroup": ["--calibration-tokens", "9999999"],
+    "heal": ["--tokens", "9999999"],
+    "uptrain": ["--tokens", "9999999"],
+    "finetune": ["--epochs", "999"],
+    "pretrain": ["--max-steps", "99999"],
+    "bench": ["--rounds", "99999"],
+    "demo": [],
+    "tokenizer train": [],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1, 10])
-@pytest.mark.parametrize("command", ["eval", "regroup", "uptrain", "finetune", "pretrain"])
+@pytest.mark.parametrize("command", LONG)
 def test_ctrl_c_is_one_line_and_leaves_nothing_or_a_checkpoint(command, seconds, sources, tmp_path):
     text = tmp_path / ("rows.jsonl" if command == "finetune" else "long.txt")  # a text file is one row
     text.write_text((json.dumps({"text": TEXT * 30}) + "\n") * 100 if command == "finetune" else TEXT * 3000)
-    words = WITH_TEXT[command](sources / "whole", text, tmp_path / "out")
-    long = {"uptrain": ["--tokens", "9999999"], "pretrain": ["--max-steps", "99999"], "finetune": ["--epochs", "999"]}
-    long["regroup"] = ["--calibration-tokens", "9999999"]
-    code, _, lines, errors = interrupted([command, *words, *long.get(command, [])], seconds)
-    assert code == 130 and len(lines) == 1, errors
-    assert "Traceback" not in errors
+    if command == "tokenizer train":
+        text.write_text(" ".join(map(str, range(10**6))))
+        words = ["--prose", text, "--output", tmp_path / "out"]
+    elif command in WITH_TEXT:
+        words = WITH_TEXT[command](sources / "whole", text, tmp_path / "out")
+    else:
+        words = [] if command == "demo" else WITH_MODEL[command](sources / "whole", tmp_path / "out")
+        words += ["--output", tmp_path / "out"] if command == "demo" else []
+    code, _, lines, errors = interrupted([*command.split(), *words, *LONG[command]], seconds)
+    assert code == 130 and len(lines) == 1 and "Traceback" not in errors, errors
     left = list((tmp_path / "out").glob("checkpoint-*"))
-    assert bool(left) == (tmp_path / "out").exists() and bool(left) == ("--resume" in lines[0])
+    assert bool(left) == (tmp_path / "out").exists() and bool(left) == any("--resume" in line for line in lines)
+    assert not list(tmp_path.glob(".*partial*"))

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from typer.testing import CliRunner
 
 from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
-from groupformer import GroupFormerConfig
+from groupformer import GroupFormerConfig, GroupFormerForCausalLM
 from groupformer.commands.main import app
+from groupformer.conversion.convert import plan_import
 from groupformer.measuring.cache import LayerCache, decoder_of, layer_caches
 from groupformer.measuring.planning import Hardware, parameter_counts, plan
 
@@ -215,3 +217,13 @@ def test_the_command_counts_in_the_engines_blocks():
     assert [row["sequences"] for row in plain] == [left // row["cache"] for left, row in zip(room, plain)]
     assert [row["sequences"] for row in blocks] == [left // (row["cache"] * 1.024) for left, row in zip(room, plain)]
     assert [row["cache"] for row in plain] == [row["cache"] for row in blocks]  # what a step reads
+
+
+def test_a_config_of_remote_code_is_planned_without_a_question(tmp_path):
+    GroupFormerForCausalLM(GroupFormerConfig(**SMALL)).save_pretrained(tmp_path)
+    remote = get_class_from_dynamic_module("configuration_groupformer.GroupFormerConfig", tmp_path)
+    config = remote.from_pretrained(tmp_path)
+    assert type(config) is not GroupFormerConfig
+    assert [row.kv_heads for row in plan(config, 8, 1, Hardware())] == [6, 3, 2, 1]
+    with pytest.raises(ValueError, match="is a GroupFormer already"):
+        plan_import(config, "GroupFormerForCausalLM")

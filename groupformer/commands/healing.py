@@ -22,6 +22,7 @@ from .shared import (
     phases_bar,
     print_json,
     print_outcome,
+    resumable_healing,
 )
 
 
@@ -71,6 +72,7 @@ def heal_command(
     with (
         opened_folder(student) as folder,
         opened_folder(original) as original_folder,
+        resumable_healing(target),
         phases_bar("healing") as progress,
     ):
         report = heal_folder(

@@ -35,6 +35,7 @@ from .shared import (
     print_json,
     print_outcome,
     resumable,
+    resumable_healing,
     size_on_disk,
     stdout_for_results,
 )
@@ -137,7 +138,7 @@ def regroup_command(
     facts: dict[str, Any] = {}
     if calibration and heal:
         text = calibration_reader(calibration, text_column, heal_tokens, tokenizer)
-        with phases_bar("healing") as progress:
+        with resumable_healing(target), phases_bar("healing") as progress:
 
             def merged(shard: int, shards: int, written: int, total: int) -> None:
                 progress("merged shards", shard, shards)

@@ -97,6 +97,25 @@ def resumable(output: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def resumable_healing(target: Path) -> Iterator[None]:
+    """Ctrl-C while a model heals: says how to go on, where healed layers wait; else nothing is left behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ..regrouping.heal_folders import merged_folder, work_folder
+
+        work = work_folder(target.expanduser())
+        layers = len(list(work.glob("layer-*.safetensors")))
+        if layers:
+            raise TrainingInterruptedError(
+                f"interrupted; {plural(layers, 'healed layer')} saved: type the same line with --resume to go on"
+            ) from None
+        for folder in (work, merged_folder(target.expanduser())):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 class Cost:
     """What a command costs, counted from where it is made: seconds, and the most memory that the process held."""
 

@@ -18,6 +18,11 @@ from .checkpoint import open_checkpoint
 from .sources import base_of_adapter, first_line, is_adapter, locate, require
 
 
+# Options of `generate`, in the words of `GenerationConfig`.
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+OF_BEAMS = ("early_stopping", "length_penalty")
+
+
 def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = False, **options: Any) -> Any:
     """`auto_class.from_pretrained(source)`, with every weight accounted for.
 
@@ -55,7 +60,22 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
         shapes = f"shape {tuple(found)}, but the config makes it {tuple(wanted)}"
         raise ValueError(f"{file_of(source, name)}: {name} has {shapes}")
     check_weights_are_finite(model, source)
+    unset_unread_options(model)
     return model
+
+
+def unset_unread_options(model: Any) -> None:
+    """Unsets what a generation config says of sampling or of beams though it uses none; generation stays the same.
+
+    Transformers loads such a file and refuses to save it: a training would be lost at its first checkpoint.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    unread = [*(() if config.do_sample else OF_SAMPLING), *(() if (config.num_beams or 1) > 1 else OF_BEAMS)]
+    for name in unread:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
 
 
 def forget_quantization(model: Any) -> None:

@@ -83,6 +83,8 @@ def family_named(model_type: str | None) -> Family:
             f"model_type ({model_type!r}) cannot be imported exactly: {REFUSED[model_type]}; regroup takes the native "
             "model as it is"
         )
+    if model_type == GroupFormerConfig.model_type:
+        raise ValueError("the model is a GroupFormer already; take it as it is")
     raise ValueError(f"model_type ({model_type!r}) is not a known family; choose one of {', '.join(sorted(FAMILIES))}")
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..conversion.configs import read_config
-from ..families.registry import FAMILIES, is_groupformer
+from ..families.registry import FAMILIES, is_groupformer, own_config
 
 
 # Layers of these types keep keys and values of single tokens; others (linear attention, state spaces, convolutions)
@@ -86,6 +86,8 @@ def decoder_of(config: PreTrainedConfig) -> PreTrainedConfig:
     for field, reason in NO_HEADS_CACHED.items():
         if getattr(config, field, None):
             raise ValueError(f"{field} ({getattr(config, field)}): {reason}, so there are no KV heads to plan")
+    if is_groupformer(config):
+        return own_config(config)
     if config.model_type in FAMILIES:
         try:
             return read_config(config, FAMILIES[config.model_type])

@@ -161,7 +161,7 @@ def regroup_and_heal_folder(
         calibration, merge_progress, options: As in `regroup_folder`.
     """
     folder, target_folder = Path(source), Path(target).expanduser()
-    merged = target_folder.with_name(f".{target_folder.name}.merged")
+    merged = merged_folder(target_folder)
     check_not_interrupted(work_folder(target_folder), resume, overwrite)
     recipe, checkpoint = recipe or HealRecipe(), FolderSource(folder)
     ids = token_ids(folder, checkpoint.config) if callable(token_ids) else token_ids
@@ -190,6 +190,11 @@ def regroup_and_heal_folder(
 def work_folder(target: Path) -> Path:
     """Where the healed layers wait."""
     return target.with_name(f".{target.name}.healing")
+
+
+def merged_folder(target: Path) -> Path:
+    """Where the merged model waits for its healing."""
+    return target.with_name(f".{target.name}.merged")
 
 
 def check_fits_in_memory(student: FolderSource, teacher: FolderSource) -> None:
