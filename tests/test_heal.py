@@ -16,6 +16,7 @@ import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
 from groupformer.commands.regrouping import Grouping, Method
+from groupformer.regrouping import heal_folders
 from groupformer.regrouping.grouping import GROUPINGS
 from groupformer.regrouping.heal import heal
 from groupformer.regrouping.heal_folders import heal_folder
@@ -369,7 +370,7 @@ def test_the_command_heals_and_says_what_it_gave(folders, tmp_path):
 
 def test_models_that_do_not_fit_into_memory_together_are_refused_before_any_work(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 100}.__getitem__)
-    with pytest.raises(ValueError, match="this machine has 0.0; pass --joint-epochs 0, which heals layer by layer"):
+    with pytest.raises(ValueError, match="this machine has 0.0; pass --joint-epochs 0 to `groupformer heal`"):
         heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, JOINT)
     assert not list(tmp_path.iterdir())
     heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
@@ -430,3 +431,21 @@ def test_a_page_that_ships_calibrates_where_no_text_is_at_hand(folders, tmp_path
     assert done.exit_code == 0, done.output
     (entry,) = json.loads((tmp_path / "out" / "config.json").read_text())["regrouping"]
     assert 1000 < entry["calibration_tokens"] < 2000
+
+
+def test_an_interrupted_regroup_goes_on_with_the_merge_that_it_made_and_with_no_other(folders, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    few = ["--heal", "--heal-tokens", "1024"]
+    assert CliRunner().invoke(app, regroup_arguments(folders, whole, *few)).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_folders, "heal_layers", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
+        CliRunner().invoke(app, regroup_arguments(folders, out, *few))
+    assert not out.exists() and (tmp_path / ".out.merged").exists()
+    done = CliRunner().invoke(app, regroup_arguments(folders, out, *few, "--resume", "--kv-heads", "2"))
+    assert done.exit_code == 1 and "num_key_value_heads (2) was 1 in the run that" in str(done.exception)
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_folders, "regroup_folder", None)  # it would be called to merge again
+        done = CliRunner().invoke(app, regroup_arguments(folders, out, *few, "--resume"))
+    assert done.exit_code == 0, done.output
+    assert files(out) == files(whole)
+    assert not list(tmp_path.glob(".*"))

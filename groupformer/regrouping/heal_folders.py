@@ -169,7 +169,10 @@ def regroup_and_heal_folder(
     if recipe.joint_epochs and device == "cpu":
         check_fits_in_memory(checkpoint, checkpoint)
     shared: dict[str, Any] = dict(device=device, max_shard_bytes=max_shard_bytes)
-    if not (resume and merged.exists()):
+    request = {"num_key_value_heads": str(num_key_value_heads), **{name: str(each) for name, each in options.items()}}
+    if resume and merged.exists():
+        check_same_settings(merged, request)
+    else:
         regroup_folder(
             folder,
             merged,
@@ -180,6 +183,7 @@ def regroup_and_heal_folder(
             **shared,
             **options,
         )
+        (merged / SETTINGS).write_text(json.dumps(request, indent=2), encoding="utf-8")
     report = heal_folder(
         merged, folder, target, ids, recipe, resume=resume, overwrite=overwrite, progress=progress, **shared
     )
@@ -210,7 +214,7 @@ def check_fits_in_memory(student: FolderSource, teacher: FolderSource) -> None:
     if present is not None and needed > present:
         raise ValueError(
             f"joint_epochs needs about {needed / 1e9:.1f} GB for both models at once, and this machine has "
-            f"{present / 1e9:.1f}; pass --joint-epochs 0, which heals layer by layer alone"
+            f"{present / 1e9:.1f}; pass --joint-epochs 0 to `groupformer heal`, which then heals layer by layer alone"
         )
 
 
@@ -288,6 +292,17 @@ def check_not_interrupted(work: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run that had other settings, by name."""
+    kept = read_json(folder / SETTINGS)
+    for name, value in settings.items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{name} ({value}) was {kept.get(name)} in the run that {folder} holds; resume it as it was, or pass "
+                "--overwrite without --resume to begin again"
+            )
+
+
 def prepare_work(work: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> HealedLayers:
     """The folder of healed layers: made, taken up again, or emptied.
 
@@ -300,13 +315,7 @@ def prepare_work(work: Path, settings: Mapping[str, Any], resume: bool, overwrit
     if not (work / SETTINGS).exists():
         work.mkdir(parents=True, exist_ok=True)
         (work / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    kept = read_json(work / SETTINGS)
-    for name, value in settings.items():
-        if kept.get(name) != value:
-            raise ValueError(
-                f"{name} ({value}) was {kept.get(name)} in the run that {work} holds; resume it as it was, or pass "
-                "--overwrite without --resume to begin again"
-            )
+    check_same_settings(work, settings)
     return HealedLayers(work)
 
 
