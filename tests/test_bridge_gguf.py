@@ -22,7 +22,7 @@ from groupformer.conversion.gguf.shapes import ARCHITECTURES
 from groupformer.conversion.gguf.writer import export_gguf, plan_gguf
 from groupformer.families.registry import FAMILIES
 
-from .helpers import random_ids, tiny_config
+from .helpers import random_ids, randomize, tiny_config
 from .helpers_families import cases, native_config, native_model
 
 
@@ -97,6 +97,39 @@ def test_tensors_and_sizes_are_written(tmp_path):
         "output_norm.weight": "norm.weight",
     }.items():
         assert np.array_equal(tensors[ours], expected["model." + native].numpy())
+
+
+BY_LAYER = {0: {"num_key_value_heads": 1}, 2: {"num_key_value_heads": 2, "intermediate_size": 96}}
+
+
+def saved_by_layer(folder, **options):
+    """A Llama whose layers have counts and widths of their own."""
+    config = tiny_config(num_hidden_layers=3, norm_eps=1e-5, per_layer_config=BY_LAYER, **options)
+    model = randomize(groupformer.GroupFormerForCausalLM(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_counts_by_layer_are_the_architecture_deci(tmp_path):
+    saved_by_layer(tmp_path / "ours")
+    assert export_gguf(tmp_path / "ours", tmp_path / "model.gguf", family="llama", tokenizer=False) == "deci"
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert value_of(reader, "deci.attention.head_count_kv") == [1, 4, 2]
+    assert value_of(reader, "deci.attention.head_count") == [4, 4, 4]
+    assert value_of(reader, "deci.feed_forward_length") == [48, 48, 96]
+    shapes = {tensor.name: tuple(tensor.data.shape) for tensor in reader.tensors}
+    assert [shapes[f"blk.{layer}.attn_k.weight"] for layer in range(3)] == [(8, 32), (32, 32), (16, 32)]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"mlp_bias": True}, "mlp_bias"), ({"qk_norm": "head"}, "qk_norm"), ({}, None)]
+)
+def test_counts_by_layer_are_refused_where_deci_has_no_field(tmp_path, options, field):
+    saved_by_layer(tmp_path / "ours", **options)
+    family, field = ("llama", field) if field else ("mistral", "num_key_value_heads")
+    with pytest.raises(ValueError, match=field):
+        export_gguf(tmp_path / "ours", tmp_path / "model.gguf", family=family, tokenizer=False)
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_llama_queries_are_laid_out_for_neighbouring_rope(tmp_path):
@@ -290,6 +323,19 @@ def test_llama_cpp_generates_the_same_tokens_with_its_own_options(tmp_path, name
     model, folder = imported(tmp_path, name, option, **changes)
     export_gguf(folder, tmp_path / "model.gguf", tokenizer=False)
     ids = random_ids(1, 21, model.config.vocab_size)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert llama_cpp(tmp_path / "model.gguf", ids[0].tolist())[1] == expected[0, 21:].tolist()
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False, "head_dim": 16}], ids=["tied", "wide heads"])
+def test_llama_cpp_generates_the_same_tokens_with_counts_by_layer(tmp_path, options):
+    model = saved_by_layer(tmp_path / "ours", **options)
+    export_gguf(tmp_path / "ours", tmp_path / "model.gguf", family="llama", tokenizer=False)
+    ids = random_ids(1, 21)
     expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )

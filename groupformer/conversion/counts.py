@@ -124,3 +124,17 @@ def regrouped_config(config: GroupFormerConfig, counts: Sequence[int]) -> GroupF
         fields["per_layer_config"] = overrides
     fields["attn_implementation"] = config._attn_implementation
     return GroupFormerConfig(**fields)
+
+
+def without_counts(config: GroupFormerConfig) -> GroupFormerConfig:
+    """The same config, as if all layers had the first one's key-value heads and MLP width."""
+    fields, first = config.to_dict(), list(config.per_layer_config)[0]
+    layers = fields.pop("per_layer_config", None) or {}
+    uniform = {name: getattr(first, name) for name in ("num_key_value_heads", "intermediate_size")}
+    layers = {
+        layer: {name: value for name, value in overrides.items() if name not in uniform}
+        for layer, overrides in layers.items()
+    }
+    if any(layers.values()):
+        fields["per_layer_config"] = {layer: overrides for layer, overrides in layers.items() if overrides}
+    return GroupFormerConfig(**{**fields, **uniform})

@@ -16,6 +16,7 @@ from ...model.configuration_groupformer import GroupFormerConfig
 from ...model.modeling_groupformer import GroupFormerForCausalLM
 from ..checkpoint import open_checkpoint
 from ..configs import write_config
+from ..counts import without_counts
 from ..folders import (
     class_name_of,
     copy_companions,
@@ -104,20 +105,6 @@ def decilm_config(config: GroupFormerConfig) -> dict[str, Any]:
 
 # Fields of Llama that are one for all layers.
 REPLACED = ("num_key_value_heads", "intermediate_size", "architectures", "model_type", "transformers_version")
-
-
-def without_counts(config: GroupFormerConfig) -> GroupFormerConfig:
-    """The same config, as if all layers had the first one's key-value heads and MLP width."""
-    fields, first = config.to_dict(), list(config.per_layer_config)[0]
-    layers = fields.pop("per_layer_config", None) or {}
-    uniform = {name: getattr(first, name) for name in ("num_key_value_heads", "intermediate_size")}
-    layers = {
-        layer: {name: value for name, value in overrides.items() if name not in uniform}
-        for layer, overrides in layers.items()
-    }
-    if any(layers.values()):
-        fields["per_layer_config"] = {layer: overrides for layer, overrides in layers.items() if overrides}
-    return GroupFormerConfig(**{**fields, **uniform})
 
 
 def block_of(config: GroupFormerConfig, layer: PreTrainedConfig) -> dict[str, Any]:

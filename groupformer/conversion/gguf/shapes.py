@@ -5,7 +5,7 @@ in its code, so a family's other options are refused with the field and its valu
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...families.family import QKV, Weights
@@ -105,6 +105,19 @@ def granite_factors(config: GroupFormerConfig) -> dict[str, Any]:
 LLAMA = Architecture(name="llama", hidden_act="silu", weights=table(NEIGHBOURS), wide_heads=True, rope_factors=True)
 NO_BIAS = {"attention_bias": (False,)}
 
+
+def counts_by_layer(config: GroupFormerConfig) -> dict[str, Any]:
+    layers = list(config.per_layer_config)
+    return {
+        "feed_forward_length": [layer.intermediate_size for layer in layers],
+        "attention.head_count": [config.num_attention_heads] * len(layers),
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+    }
+
+
+# Llama whose layers differ in their key-value heads and MLPs.
+DECI = replace(LLAMA, name="deci", allowed={**NO_BIAS, "mlp_bias": (False,)}, metadata=counts_by_layer)
+
 # By family.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -189,6 +202,11 @@ def rope_metadata(config: GroupFormerConfig) -> dict[str, Any]:
     return metadata
 
 
+def differs_by_layer(config: GroupFormerConfig) -> bool:
+    """Whether layers differ in their key-value heads or in the width of their MLPs."""
+    return len({(layer.num_key_value_heads, layer.intermediate_size) for layer in config.per_layer_config}) > 1
+
+
 def exact_architecture(config: GroupFormerConfig, family: str) -> Architecture:
     """The architecture that computes a config exactly.
 
@@ -197,7 +215,7 @@ def exact_architecture(config: GroupFormerConfig, family: str) -> Architecture:
     """
     if family not in ARCHITECTURES:
         raise ValueError(f"family ({family!r}) cannot be written as GGUF; choose one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[family]
+    architecture = DECI if family == "llama" and differs_by_layer(config) else ARCHITECTURES[family]
     activation = SAME_ACTIVATION.get(config.hidden_act, config.hidden_act)
     if activation != architecture.hidden_act:
         raise ValueError(

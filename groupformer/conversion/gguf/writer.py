@@ -22,6 +22,7 @@ from ...model.configuration_groupformer import GroupFormerConfig
 from ...model.modeling_groupformer import GroupFormerForCausalLM, GroupFormerRotaryEmbedding
 from ..checkpoint import Entry, open_checkpoint
 from ..configs import write_config
+from ..counts import without_counts
 from ..folders import class_name_of, local_folder, read_json
 from ..shards import Progress, ignore_progress
 from ..weights import Group, check_all_covered, check_tensors, expand, make_group, shapes_of
@@ -106,7 +107,8 @@ def plan_gguf(config: GroupFormerConfig, class_name: str | None, family_name: st
     if family_name is None and config.family is None:
         raise ValueError("this model was not imported, so family (None) is needed, e.g. --family llama")
     family = family_named(family_name or config.family)
-    write_config(config, family)  # refuses what the family cannot express
+    # Refuses what the family cannot express; llama.cpp has an architecture for a Llama with counts by layer.
+    write_config(without_counts(config) if family.model_type == "llama" else config, family)
     return exact_architecture(config, family.model_type)
 
 
