@@ -153,6 +153,20 @@ def test_fewer_layers_are_the_first_ones(how, tmp_path):
     assert_same(config, tiny_config(**{**fields, **shorter}))
 
 
+def test_the_config_of_a_layer_differs_in_its_own_values_only():
+    """Transformers makes it for each layer, and masks ask for it at every token: nothing else is derived for it."""
+    config = tiny_config(sliding_window=4, per_layer_config={1: {"num_key_value_heads": 1, "sliding_window": None}})
+    derived = ("head_dim", "layer_types", "rope_parameters", "use_cache", "label2id")
+    first, second = config.per_layer_config
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert (first.num_key_value_heads, first.sliding_window) == (4, 4)
+    assert (second.num_key_value_heads, second.sliding_window) == (1, None)
+    for name in derived:
+        assert getattr(first, name) == getattr(second, name) == getattr(config, name)
+    config.per_layer_config = None
+    assert config.layer_types == ["sliding_attention"] * 2
+
+
 def test_an_override_that_cannot_be_built_is_refused_when_it_is_loaded(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match=r"num_key_value_heads \(3\); choose 1, 2 or 4"):

@@ -6,10 +6,9 @@ cache. Here keys and values begin a larger buffer, and new ones are written behi
 one a quarter larger than what is needed: that copies about four tokens for every new one, however many there are, and
 the memory held stays within 1.25 of what the tokens need.
 
-The cache stays a `DynamicCache`: beam search, assisted decoding, offloading and whatever else knows its layers goes on
-working, because a layer writes in place only where its keys and values are the ones that it wrote last. After a crop,
-a reordering or an assignment they are others, and the next update copies them into a buffer of their own: a tensor
-that was taken out of the cache never changes.
+The cache stays a `DynamicCache`, for beam search, assisted decoding and offloading: a layer writes in place only where
+its keys and values are the ones that it wrote last. After a crop, a reordering or an assignment they are others, and
+the next update copies them into a new buffer: a tensor that was taken out of the cache never changes.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """

@@ -301,16 +301,18 @@ class GroupFormerConfig(PreTrainedConfig):
             for name, reference in auto_map.items()
         }
         given = {name: vars(self).get(name) for name in DERIVED_FIELDS}
-        self._derive(
-            {**given, "rope_parameters": rope_parameters or None, "per_layer_config": per_layer_config or None}
-        )
+        given |= {"rope_parameters": rope_parameters or None, "per_layer_config": per_layer_config or None}
+        self._derive(given)
 
     def __setattr__(self, name, value):
         has_changed = name not in vars(self) or vars(self)[name] != value
         super().__setattr__(name, value)
+        known = vars(self).get("_derived")
         # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
         is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
-        if is_relevant and "_derived" in vars(self):
+        # Transformers makes a layer's config: a copy without `per_layer_config`, in which nothing is derived either.
+        had_layers = known and known["per_layer_config"][1] and name != "per_layer_config"
+        if known and is_relevant and (self.is_heterogeneous or not had_layers):
             given = {**self._given_fields(), name: value}
             if name == "num_hidden_layers":
                 given |= first_layers(given, value)
@@ -319,8 +321,7 @@ class GroupFormerConfig(PreTrainedConfig):
     def _derive(self, given: dict[str, Any]) -> None:
         """Set every derived field: to what is given for it, completed, or to what follows from the other fields.
 
-        `_derived` remembers of each what was given and what it became. While it is missing, setting a field derives
-        nothing.
+        `_derived` remembers what was given and what it became. While it is missing, setting a field derives nothing.
         """
         self.__dict__.pop("_derived", None)
         try:
@@ -374,9 +375,8 @@ class GroupFormerConfig(PreTrainedConfig):
 
     def __eq__(self, other):
         """Whether all values are equal, given or derived."""
-        if not isinstance(other, PreTrainedConfig):
-            return NotImplemented
-        return {**vars(self), "_derived": None} == {**vars(other), "_derived": None}
+        same_kind = isinstance(other, PreTrainedConfig)
+        return same_kind and {**vars(self), "_derived": None} == {**vars(other), "_derived": None}
 
     def validate_architecture(self):
         """Refuses what cannot be built. Runs by itself when a config is built or loaded."""

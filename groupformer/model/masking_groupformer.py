@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 def layer_mask_names(config: GroupFormerConfig) -> list[str]:
     """For each layer the name of the mask that it reads: its layer type, and its window where windows differ."""
     kinds = config.layer_types or []
-    if not config.is_heterogeneous:
+    if "sliding_window" not in (config.per_layer_attributes or ()):
         return kinds
     windows = [layer.sliding_window for layer in config.per_layer_config]
     sliding = {window for kind, window in zip(kinds, windows) if kind == "sliding_attention"}

@@ -616,8 +616,7 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(CACHE_NAME)
-        if given is None and type(cache) is DynamicCache:
+        if given is None and type(cache := model_kwargs.get(CACHE_NAME)) is DynamicCache:
             grow_in_place(cache)
 
     def generate(self, *args, **kwargs):
@@ -710,13 +709,11 @@ class GroupFormerForTokenClassification(GroupFormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """As `GroupFormerModel.forward`; `labels` are class ids `(B, T)`, of which -100 is ignored."""
-        cache = accept_cache_alias(past_key_values, cache)
         outputs = self.model(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
