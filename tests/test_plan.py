@@ -12,6 +12,7 @@ from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
 from groupformer import GroupFormerConfig, GroupFormerForCausalLM
 from groupformer.commands.main import app
 from groupformer.conversion.convert import plan_import
+from groupformer.conversion.counts import classes_for
 from groupformer.measuring.cache import LayerCache, decoder_of, layer_caches
 from groupformer.measuring.planning import Hardware, parameter_counts, plan
 
@@ -227,3 +228,11 @@ def test_a_config_of_remote_code_is_planned_without_a_question(tmp_path):
     assert [row.kv_heads for row in plan(config, 8, 1, Hardware())] == [6, 3, 2, 1]
     with pytest.raises(ValueError, match="is a GroupFormer already"):
         plan_import(config, "GroupFormerForCausalLM")
+
+
+@pytest.mark.parametrize("count", [None, 6, 2, 1, [6, 6, 1]])
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_can_hold_a_model_is_told_for_every_family_and_count(name, count):
+    """Of the families that are asked, some have config classes that refuse a value by an error of their own."""
+    config = config_for(name)
+    assert "ForCausalLM" in str(classes_for(config, count)) or "LMHead" in str(classes_for(config, count))

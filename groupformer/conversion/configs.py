@@ -12,6 +12,7 @@ import sys
 from types import MappingProxyType, NoneType
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -223,7 +224,10 @@ def write_config(ours: GroupFormerConfig, family: Family) -> PreTrainedConfig:
 
 
 def checked_config(ours: GroupFormerConfig, fields: dict[str, Any], family: Family) -> PreTrainedConfig:
-    native = config_class_of(family)(**fields)
+    try:
+        native = config_class_of(family)(**fields)
+    except StrictDataclassError as error:  # a class whose fields may not be None, say
+        raise ValueError(f"{family.model_type} cannot express the config: {' '.join(str(error).split())}") from error
     check_same_fields(ours, native, family)
     return native
 
