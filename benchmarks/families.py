@@ -54,7 +54,7 @@ def sized(family: Family, tiny: bool) -> dict[str, Any]:
         if name in fields:
             layers = new["num_hidden_layers"]
             fields[name] = (fields[name] * layers)[:layers]
-    return fields | {"bos_token_id": None, "eos_token_id": None}
+    return fields | {"bos_token_id": 0, "eos_token_id": None}  # nothing ends a generation; CWM wants a begin token
 
 
 def prefill(model: Any, length: int) -> Run:
