@@ -74,6 +74,7 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
     "stablelm": {
         "norms": {"qk_layernorm": True, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
     },
+    "cwm": {"windows": WINDOWS},
     # Nobody wrote a line for these.
     "gpt_neo": {"windows": {"attention_types": [[["global", "local"], 1]], "window_size": 4}},
     "phimoe": {"biases": {**EXPERTS, "attention_bias": True}},
@@ -82,7 +83,6 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "experts": {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **WINDOWS}
     },
     "vaultgemma": {"caps and windows": {**WINDOWS, "query_pre_attn_scalar": 30}},
-    "cwm": {"windows": WINDOWS},
 }
 CASES = [(name, option) for name, options in ARCHITECTURES.items() for option in options]
 FAMILY_CASES = cases()
