@@ -9,6 +9,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
+import groupformer
 from groupformer import GroupFormerForCausalLM
 from groupformer.commands.main import app
 from groupformer.conversion.decilm import export_decilm
@@ -100,13 +101,16 @@ def test_the_config_survives_saving_and_names_no_other_counts(tmp_path):
     assert json.loads(config.to_json_string())["block_configs"] == content["block_configs"]
 
 
-def test_the_command_writes_it(tmp_path):
-    saved(tmp_path / "ours", per_layer_config=BY_LAYER)
+def test_the_command_writes_what_regroup_made(tmp_path):
+    model = groupformer.regroup(saved(tmp_path / "original"), {0: 1, 2: 2})
+    model.save_pretrained(tmp_path / "ours")
     arguments = ["export", str(tmp_path / "ours"), str(tmp_path / "new"), "--format", "decilm"]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     assert "DeciLMForCausalLM, 4 query heads on 1 to 4 KV heads by layer" in outcome.stdout
     assert (tmp_path / "new" / "configuration_decilm.py").exists()
+    (entry,) = json.loads((tmp_path / "new" / "config.json").read_text())["regrouping"]
+    assert (entry["from"], entry["to"]) == (4, [1, 4, 2])
 
 
 REFUSALS = {

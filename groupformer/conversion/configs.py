@@ -243,9 +243,12 @@ def check_same_fields(ours: GroupFormerConfig, native: PreTrainedConfig, family:
     wanted, got = computation(ours), computation(read_config(native, family))
     for name, value in wanted.items():
         if got[name] != value:
+            remedy = "choose another family, or keep the GroupFormer format"
+            if family.model_type == "llama" and name == "num_key_value_heads" and isinstance(value, list):
+                remedy = "choose --format decilm (vLLM) or gguf (llama.cpp), or keep the GroupFormer format"
             raise ValueError(
                 f"{name} ({value!r}) cannot be expressed by {family.model_type}, which would compute with "
-                f"{got[name]!r}; choose another family, or keep the GroupFormer format"
+                f"{got[name]!r}; {remedy}"
             )
 
 
