@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 from typer.testing import CliRunner
 
 from groupformer import GroupFormerTokenizer
@@ -272,6 +272,18 @@ def test_an_adapter_whose_base_is_gone_names_it(sources, tmp_path):
             else:
                 words = WITH_MODEL[command](tmp_path / "adapter", tmp_path / "out")
             refused(command, words, tmp_path / "out", part, "base_model_name_or_path")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "bench", "finetune", "uptrain"])
+def test_a_model_that_predicts_no_next_token_is_refused_in_a_short_line(command, sources, tmp_path):
+    T5Config(vocab_size=16384).save_pretrained(tmp_path / "t5")
+    GroupFormerTokenizer().save_pretrained(tmp_path / "t5")
+    if command in WITH_TEXT:
+        words = WITH_TEXT[command](tmp_path / "t5", sources / "text.jsonl", tmp_path / "out")
+    else:
+        words = WITH_MODEL[command](tmp_path / "t5", tmp_path / "out")
+    refused(command, words, tmp_path / "out", "t5 cannot be loaded", "T5Config")
+    assert len(in_one_line(run(command, words).exception)) < 400
 
 
 @pytest.mark.parametrize("command", ["finetune", "uptrain"])

@@ -124,7 +124,8 @@ def refused_by_library(source: str | Path) -> Iterator[None]:
     except (OSError, KeyError, ImportError) as error:
         raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{source} cannot be loaded: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split()).split(" Model type should be one of")[0]  # then come hundreds of names
+        raise ValueError(f"{source} cannot be loaded: {message}") from error
 
 
 @contextmanager
