@@ -63,7 +63,8 @@ def walk_of_token(model: Any) -> dict[str, int]:
     return walk(lambda: model(ids[:, 6:], use_cache=True, **{name: cache}))
 
 
-def main() -> None:
+def build_models() -> tuple[Any, Any]:
+    """A Llama, and a GroupFormer with its weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99,
@@ -74,7 +75,11 @@ def main() -> None:
         num_key_value_heads=2,
     )
     native = LlamaForCausalLM(config).eval()
-    for model in (native, groupformer.import_model(native).eval()):
+    return native, groupformer.import_model(native).eval()
+
+
+def main() -> None:
+    for model in build_models():
         print(type(model).__name__, walk_of_token(model))
 
 

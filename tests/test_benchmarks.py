@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.speed.measure import alternate, summary
 from benchmarks.speed.shapes import Shape, llama, ours
+from benchmarks.walk import build_models, walk_of_token
 from groupformer.families.registry import FAMILIES
 
 
@@ -23,6 +24,12 @@ def test_bytes_of_a_decoding_step_grow_by_the_cache():
     cache = ours(llama(shape, "cpu"))(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.decode_bytes(10) - shape.decode_bytes(0) == held
+
+
+def test_a_cached_token_passes_few_functions_and_files():
+    """8 layers; transformers' Llama passes 29 functions in 119 calls."""
+    walk = walk_of_token(build_models()[1])
+    assert walk["functions"] <= 36 and walk["calls"] <= 200 and walk["changes of file"] <= 45
 
 
 def test_ratios_are_taken_round_by_round():
