@@ -128,7 +128,7 @@ def test_steps_that_raise_the_divergence_are_taken_back():
     wild = dataclasses.replace(JOINT, joint_learning_rate=30.0)
     report = heal(model, original, random_ids(16, 24), wild)
     heal(alone, original, random_ids(16, 24), dataclasses.replace(JOINT, joint_epochs=0))
-    assert report.failed == ["all layers together"] and report.joint.after == report.joint.before
+    assert report.failed == ["all layers together"] and report.joint.after > report.joint.before
     for own, other in zip(model.parameters(), alone.parameters()):
         assert torch.equal(own, other)
 

@@ -158,10 +158,8 @@ def regroup_command(
 def healed_facts(report: Any) -> dict[str, str]:
     """Figures of a healing; tells what could not be healed."""
     if report.failed:
-        typer.echo(
-            f"not healed, because the loss was not finite or did not fall: {', '.join(report.failed)}", err=True
-        )
-    if report.joint is None:
+        typer.echo(f"no better, so taken back (loss not finite, or not lower): {', '.join(report.failed)}", err=True)
+    if report.joint is None or not report.joint.is_healed:
         return {}
     return {"KL": f"{report.joint.before:.3f} -> {report.joint.after:.3f} nats a token, by all layers together"}
 

@@ -28,8 +28,8 @@ class JointReport:
     """What the joint phase did.
 
     Args:
-        before, after: KL(original ‖ model), the mean over the tokens of held-out rows, in nats.
-        is_healed: False where the loss was not finite, or did not fall: the model stays as it was.
+        before, after: KL(original ‖ model), the mean over the tokens of held-out rows, in nats, as it was measured.
+        is_healed: False where the loss was not finite, or did not fall: the steps were taken back.
     """
 
     before: float
@@ -73,7 +73,7 @@ def heal_jointly(
                 parameter.copy_(kept[name])
             if student is not model:
                 model.get_parameter(name).copy_(parameter)
-    return JointReport(before, after if is_healed else before, is_healed)
+    return JointReport(before, after, is_healed)
 
 
 def train(
