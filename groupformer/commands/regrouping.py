@@ -41,7 +41,7 @@ from .shared import (
 )
 
 
-HEAL_TOKENS = 131_072
+HEAL_TOKENS = 65_536
 
 
 class Method(str, Enum):
