@@ -240,7 +240,7 @@ def test_export_of_a_model_of_our_own_names_the_families_that_fit():
     from .helpers import tiny_config
 
     model = groupformer.GroupFormerForCausalLM(tiny_config(num_key_value_heads=2, norm_eps=1e-5))
-    with pytest.raises(ValueError, match="llama, mistral"):
+    with pytest.raises(ValueError, match="llama, ministral, mistral, phi3"):
         groupformer.export_model(model)
     assert groupformer.export_model(model, "llama").config.num_key_value_heads == 2
 

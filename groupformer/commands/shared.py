@@ -99,19 +99,20 @@ def resumable(output: Path) -> Iterator[None]:
 
 @contextmanager
 def resumable_healing(target: Path) -> Iterator[None]:
-    """Ctrl-C while a model heals: says how to go on, where healed layers wait; else nothing is left behind."""
+    """Ctrl-C while a model heals: says how to go on where a merge or healed layers wait; else leaves nothing."""
     try:
         yield
     except KeyboardInterrupt:
-        from ..regrouping.heal_folders import merged_folder, work_folder
+        from ..regrouping.heal_folders import SETTINGS, merged_folder, work_folder
 
-        work = work_folder(target.expanduser())
+        work, merged = work_folder(target.expanduser()), merged_folder(target.expanduser())
         layers = len(list(work.glob("layer-*.safetensors")))
-        if layers:
+        if layers or (merged / SETTINGS).exists():
+            saved = plural(layers, "healed layer") if layers else "the merge"
             raise TrainingInterruptedError(
-                f"interrupted; {plural(layers, 'healed layer')} saved: type the same line with --resume to go on"
+                f"interrupted; {saved} saved: type the same line with --resume to go on"
             ) from None
-        for folder in (work, merged_folder(target.expanduser())):
+        for folder in (work, merged):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
