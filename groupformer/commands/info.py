@@ -63,10 +63,6 @@ def sharing(heads: int, kv_heads: int) -> str:
     return SHARING[heads == kv_heads]
 
 
-def divisors(number: int) -> list[int]:
-    return [count for count in range(number, 0, -1) if number % count == 0]
-
-
 def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
     """What is printed, as plain data."""
     names = ["family", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
@@ -85,9 +81,10 @@ def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
 def describe_formats(native: Any, caches: list) -> dict[str, Any]:
     """What can hold the model as it is, and the counts of KV heads with which a class of transformers can."""
     from ..conversion.counts import classes_for
+    from ..model.configuration_groupformer import divisors
 
     present = [layer.kv_heads for layer in caches]
-    counts = [count for count in divisors(min(present)) if all(each % count == 0 for each in present)]
+    counts = [count for count in reversed(divisors(min(present))) if all(each % count == 0 for each in present)]
     able = [count for count in counts if classes_for(native, count).native]
     return {"held_by": str(classes_for(native)), "kv_heads_with_a_native_class": ", ".join(map(str, able)) or "none"}
 

@@ -33,6 +33,7 @@ from ..conversion.loading import load_checked
 from ..conversion.shards import MAX_SHARD_BYTES, Piece, unchanged, write_shards
 from ..conversion.shards import Progress as ShardProgress
 from ..conversion.shards import ignore_progress as ignore_shard_progress
+from ..families.registry import is_groupformer
 from ..integrations.model_card import regrouped_card
 from .heal import (
     HealReport,
@@ -47,7 +48,6 @@ from .heal import (
 from .heal_jointly import heal_jointly
 from .heal_recipe import HealRecipe
 from .layer_by_layer import State
-from .result import is_groupformer
 from .sources import FolderSource
 from .streaming import Calibration, regroup_folder
 

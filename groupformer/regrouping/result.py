@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..conversion.counts import regrouped_config
+from ..families.registry import is_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
 from ..version import __version__
 from .attention import find_attention
@@ -87,11 +88,6 @@ def candidates(
     for fields in changes:
         if all(hasattr(config, name) for name in fields if name != "per_layer_config"):
             yield with_fields(config, {**fields, **more}), {**fields, **more}
-
-
-def is_groupformer(config: PreTrainedConfig) -> bool:
-    """Whether a config is a GroupFormer's, of this package or of a repository's own code."""
-    return config.model_type == GroupFormerConfig.model_type
 
 
 def with_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:

@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..conversion.checkpoint import open_checkpoint
 from ..conversion.folders import class_name_of, read_json
 from ..conversion.weights import check_tensors, shapes_of
+from ..families.registry import is_groupformer
 from ..integrations.loading import load_checkpoint_tensors
 from ..model import modeling_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
 from .probing import on_meta
-from .result import is_groupformer
 
 
 class Source(Protocol):

@@ -26,13 +26,14 @@ from ..conversion.folders import (
     written_aside,
 )
 from ..conversion.shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
+from ..families.registry import is_groupformer
 from ..integrations.model_card import regrouped_card
 from .expansion import expanded_tensors, plan_expansion
 from .layouts import AttentionLayout
 from .moments import check_calibration
 from .probing import build_on_meta
 from .processes import ALONE, Processes
-from .result import Result, is_groupformer
+from .result import Result
 from .sources import FolderSource, check_finite
 from .steps import (
     Plan,
