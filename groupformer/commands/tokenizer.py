@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import TRAIN, AsJson, Overwrite, TextColumn, print_json
+from .shared import TRAIN, AsJson, Overwrite, TextColumn, print_json, resumable
 
 
 tokenizer_app = typer.Typer(help="Train a tokenizer, or measure one.", no_args_is_help=True)
@@ -34,9 +34,10 @@ def train(
 
     texts = read_column(prose, text_column)
     sources = read_column(code, text_column) if code else []
-    prepare_output(output, resume=False, overwrite=overwrite)
-    tokenizer = train_tokenizer(texts, sources, vocab_size)
-    tokenizer.save_pretrained(output)
+    with resumable(output):
+        prepare_output(output, resume=False, overwrite=overwrite)
+        tokenizer = train_tokenizer(texts, sources, vocab_size)
+        tokenizer.save_pretrained(output)
     typer.echo(f"{len(tokenizer)} tokens, saved to {output}")
 
 
