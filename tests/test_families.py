@@ -245,6 +245,14 @@ def test_export_of_a_model_of_our_own_names_the_families_that_fit():
     assert groupformer.export_model(model, "llama").config.num_key_value_heads == 2
 
 
+def test_a_family_that_needs_a_special_token_is_refused_by_the_field():
+    from .helpers import tiny_config
+
+    model = groupformer.GroupFormerForCausalLM(tiny_config(norm_eps=1e-5))
+    with pytest.raises(ValueError, match="cwm cannot express the config: .*'bos_token_id'"):
+        groupformer.export_model(model, "cwm")
+
+
 def test_export_follows_changes_made_after_the_import():
     """Remembered native values give way to fields that were changed."""
     ours = groupformer.import_model(native_model("gpt2", "odd heads"))
