@@ -152,6 +152,22 @@ def test_the_demo_takes_another_tokenizer_and_refuses_one_that_does_not_know_its
     refused("demo", words, tmp_path / "out", "the sample text has only unknown tokens", "--tokenizer FOLDER")
 
 
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("regroup", ["calibration has", "give at least as many tokens"]),
+        ("heal", ["token_ids has shape", "give more text, or shorter rows"]),
+        ("uptrain", ["row_length (16) leaves no row of training text", "give more text"]),
+        ("finetune", ["train has 1 row, too few to hold some out", "give more rows"]),
+        ("pretrain", ["row_length (512) is longer than all the training text", "choose a shorter row"]),
+    ],
+)
+def test_text_that_is_too_short_is_refused_with_what_would_do(command, parts, sources, tmp_path):
+    (tmp_path / "short.txt").write_text("The river.")
+    words = WITH_TEXT[command](sources / "whole", tmp_path / "short.txt", tmp_path / "out")
+    refused(command, words, tmp_path / "out", *parts)
+
+
 MISSING = {
     **{name: ("datasets", "training") for name in WITH_TEXT if name != "generate"},
     "app": ("gradio", "app"),

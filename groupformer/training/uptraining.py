@@ -294,7 +294,7 @@ def load_rows(recipe: UptrainRecipe, tokenizer: Any) -> tuple[Any, Any]:
     else:
         held_out = range(0, len(rows), 20)
         most = validation_rows_at_most(recipe)
-        validation = rows.select(held_out[:: math.ceil(len(held_out) / most)])
+        validation = rows.select(held_out[:: max(1, math.ceil(len(held_out) / most))])
         rows = rows.select([index for index in range(len(rows)) if index % 20])
     for name, split in (("training", rows), ("validation", validation)):
         if not len(split):
