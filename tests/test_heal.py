@@ -250,6 +250,7 @@ def test_a_merge_that_should_know_its_inputs_warns_without_them(options, warns, 
     assert ("give calibration=token_ids, or --calibration FILE" in caplog.text) == warns
 
 
+@pytest.mark.slow
 def test_regroup_heals_what_it_merged():
     _, original = pair("llama")
     token_ids = random_ids(48, 24)
@@ -325,6 +326,7 @@ def test_a_native_original_teaches_its_import(folders, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is GroupFormerForCausalLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["layers", "steps"])
 def test_an_interrupted_run_leaves_no_target_and_resumes_to_the_same_bytes(at, folders, tmp_path):
     sources = (folders / "merged", folders / "original")
@@ -433,6 +435,7 @@ def test_a_page_that_ships_calibrates_where_no_text_is_at_hand(folders, tmp_path
     assert 1000 < entry["calibration_tokens"] < 2000
 
 
+@pytest.mark.slow
 def test_an_interrupted_regroup_goes_on_with_the_merge_that_it_made_and_with_no_other(folders, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     few = ["--heal", "--heal-tokens", "1024"]
