@@ -91,7 +91,7 @@ docs: $(DOCS_READY)  ## Build the documentation site in site/, its links and anc
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 
 test-docs: $(DOCS_READY)  ## Run every command and program of the README, the tutorial and the guides, and the notebook
-	OMP_NUM_THREADS=1 $(DOCS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_docs.py tests/test_readme.py
+	OMP_NUM_THREADS=1 $(DOCS_VENV)/bin/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/test_docs.py tests/test_readme.py
 
 bench: $(READY)  ## Time GroupFormer beside its peers on this machine (half an hour on two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
