@@ -31,12 +31,13 @@ def with_prompt(model, method, task="CAUSAL_LM"):
     return model
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_generate_reads_the_prompt_as_passes_without_a_cache_do(method, shape):
+def test_generate_reads_the_prompt_as_passes_without_a_cache_do(method, shape, use_cache):
     base = randomize(GroupFormerForCausalLM(tiny_config(**SHAPES[shape])))
     model, expected = with_prompt(base, method), random_ids(2, 4)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
     tokens = model.generate(input_ids=expected, attention_mask=torch.ones_like(expected), **options)
     for _ in range(4):
         with torch.no_grad():

@@ -66,7 +66,8 @@ class PrefixCache(DynamicCache):
 def name_cache_in_generation() -> None:
     """Let PEFT's prompt learning see the cache in `generate`: it reads `past_key_values`, now called `cache`.
 
-    From transformers 5.24 on PEFT would take the cache for missing, and put the prompt in front of every token.
+    From transformers 5.24 on PEFT would take the cache for missing, and put the prompt in front of every token. With
+    `use_cache=False` every step begins with the prompt alone: the cache that the step before filled is left out.
     """
     model_class: Any = sys.modules[MODELS].PeftModelForCausalLM
     prepare = model_class.prepare_inputs_for_generation
@@ -77,6 +78,8 @@ def name_cache_in_generation() -> None:
     def prepare_inputs_for_generation(self, *args, **kwargs):
         if self.get_base_model().config.model_type != GroupFormerConfig.model_type:
             return prepare(self, *args, **kwargs)
+        if kwargs.get("use_cache") is False:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
         of_base = self.base_model_prepare_inputs_for_generation
 
         def with_old_name(*args, **kwargs):
