@@ -1,13 +1,15 @@
-"""Pictures and tables of the study, in docs: python scripts/figures.py, or `make figures`.
+"""Pictures and tables of README and docs, drawn from what was measured: python scripts/figures.py, or `make figures`.
 
-The numbers are those of `make study`, one file in docs/data for each checkpoint. Where new cells lie in runs/study,
-they are condensed into these files first; a checkout without them works from the files as they are. The tables of
-docs/regroup.md stand between two marks each; the text around them is written by hand.
+The study's numbers are those of `make study`, one file in docs/data for each checkpoint. Where new cells lie in
+runs/study, they are condensed into these files first; a checkout without them works from the files as they are. The
+README's numbers are in benchmarks/results/smollm2.json. Generated tables and captions stand between two marks each;
+the text around them is written by hand.
 """
 
 import json
 import re
 import statistics
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from groupformer.measuring.cache import layer_caches
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "runs" / "study"
 PAGE = ROOT / "docs" / "regroup.md"
+README = ROOT / "README.md"
+REAL = ROOT / "benchmarks" / "results" / "smollm2.json"
+REAL_PICTURE = ROOT / "docs" / "images" / "smollm2.png"
 BYTES_PER_NUMBER = 2  # bfloat16
 
 SETTING = ("checkpoint", "documents")
@@ -128,6 +133,11 @@ def merge_labels(method: str, kv_heads: int) -> dict[str, Any]:
     return {"method": method, "grouping": "adjacent" if kv_heads == 1 else "similar", "calibrated": True}
 
 
+def above(score: float, start: float) -> str:
+    """By how much a score is above the original's, as "+1.4 %"."""
+    return f"{score / start - 1:+.1%}".replace("%", " %")
+
+
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +181,7 @@ def draw(study: dict[str, Any], size: int, path: Path) -> None:
         sizes = [size * heads for heads in line]
         axes.plot(sizes, line.values(), color=color, marker=marker, markersize=8, linewidth=2.5, label=label)
         fewest = min(line)
-        share = f"{line[fewest] / start - 1:+.1%}".replace("%", " %")
+        share = above(line[fewest], start)
         place = (size * fewest, line[fewest])
         behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
         axes.annotate(
@@ -190,7 +200,7 @@ def draw(study: dict[str, Any], size: int, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(size * 9.5, size * 0.78)  # from much cache to little
     heads = sorted(mean, reverse=True)
-    names = [f"{size * count:,}\n{count} KV head{'s' if count > 1 else ''}" for count in heads]
+    names = [f"{size * count:,}\n{kv_head_count(count)}" for count in heads]
     names[0], names[-1] = f"{names[0]}\n(multi-head)", f"{names[-1]}\n(multi-query)"
     axes.set_xticks([size * count for count in heads], names)
     highest = max(mean.values())
@@ -216,9 +226,9 @@ def cells_of(values: dict[int, list[float]], heads: list[int], start: float | No
             cells.append("")
             continue
         mean = statistics.mean(values[count])
-        above = "" if start is None else f" ({mean / start - 1:+.1%})".replace("%", " %")
+        change = "" if start is None else f" ({above(mean, start)})"
         spread = f" ± {statistics.stdev(values[count]):.3f}" if len(values[count]) > 1 else ""
-        cells.append(f"{mean:.3f}{spread}{above}")
+        cells.append(f"{mean:.3f}{spread}{change}")
     return cells
 
 
@@ -228,7 +238,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def count_names(heads: list[int]) -> list[str]:
-    return [f"{count} KV head{'s' if count > 1 else ''}" for count in heads]
+    return [kv_head_count(count) for count in heads]
+
+
+def kv_head_count(count: int) -> str:
+    return f"{count} KV head{'s' if count > 1 else ''}"
 
 
 def merge_table(study: dict[str, Any]) -> str:
@@ -250,7 +264,10 @@ def uptrain_table(study: dict[str, Any]) -> str:
     (start,) = points(study, part="original").values()
     heads = list(scores(study, part="merge"))
     rows = []
-    for method, how in (("svd", "similar, calibrated"), *((it, "adjacent") for it in ("mean", "first", "random"))):
+    for method, how in (
+        ("svd", "similar, calibrated"),
+        *((method, "adjacent") for method in ("mean", "first", "random")),
+    ):
         if not scores(study, part="uptrain", method=method):
             continue
         name = f"`{method}`, {how}"
@@ -278,30 +295,118 @@ def decode_table(study: dict[str, Any]) -> str:
     return markdown(["KV heads", "cache, bytes a token (float32)", "tokens a second", "ratio"], rows)
 
 
+def between_marks(page: str, name: str, content: str) -> str:
+    """The page with `content` between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 TABLES = {"merge": merge_table, "uptrain": uptrain_table, "decode": decode_table}
 
 
 def write_tables(page: str, name: str, study: dict[str, Any]) -> str:
     """The page with a study's tables between their marks, `<!-- hub_card merge: begin -->` and so on."""
     for table, make in TABLES.items():
-        begin, end = (f"<!-- {name} {table}: {mark} -->" for mark in ("begin", "end"))
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{make(study)}\n{end}{rest.split(end)[1]}"
+        page = between_marks(page, f"{name} {table}", make(study))
     return page
+
+
+# The README's checkpoint ---------------------------------------------------------------------------------------------
+
+
+def draw_states(real: dict[str, Any], path: Path) -> None:
+    """Two rows of bars, the cache and the bits per byte, with a bar for each state: original, merged, healed."""
+    states = real["states"]
+    start = states[0]["bits_per_byte"]
+    colors = [SCRATCH, MEAN, SVD, UPTRAINED]
+    pyplot.rcParams.update({"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK})
+    pyplot.rcParams.update({"xtick.color": INK, "ytick.color": INK})
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 3.4), facecolor=PAPER, sharey=True, width_ratios=(3, 5), layout="constrained"
+    )
+    rows = range(len(states))
+    for axes, score, label in (
+        (left, "cache_bytes_per_token", "KV cache, bytes a token (bfloat16)"),
+        (right, "bits_per_byte", "held-out bits per byte (less is better)"),
+    ):
+        values = [state[score] for state in states]
+        axes.set_facecolor(PAPER)
+        axes.barh(rows, values, color=[colors[row % len(colors)] for row in rows], height=0.62)
+        axes.set_xlim(0, max(values) * 1.35)  # room for the numbers
+        axes.set_xlabel(label)
+        axes.set_xticks([])
+        axes.tick_params(left=False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        for row, value in enumerate(values):
+            if axes is left:
+                text = f"{value:,}"
+            else:
+                text = f"{value:.3f}" + (f"  {above(value, start)}" if row else "")
+            axes.annotate(text, (value, row), xytext=(6, 0), textcoords="offset points", va="center", weight="bold")
+        axes.axvline(values[0], color=INK, linewidth=1, linestyle=(0, (4, 4)), zorder=0)
+    names = [textwrap.fill(state["name"], 18) + f" ({kv_head_count(state['kv_heads'])})" for state in states]
+    left.set_yticks(rows, names)
+    left.invert_yaxis()
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
+    figure.savefig(path, dpi=130, facecolor=PAPER)
+    pyplot.close(figure)
+
+
+def states_caption(real: dict[str, Any]) -> str:
+    """What the picture shows, and on what it was measured."""
+    first, *_, last = real["states"]
+    sizes = [f"{state['cache_bytes_per_token'] / 1024:g} KiB" for state in (first, last)]
+    machine = real["machine"]
+    minutes = last["cpu_seconds"] / 60
+    scores = [state["bits_per_byte"] for state in (first, last)]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    sentences = (
+        f"*{real['checkpoint']}: {first['kv_heads']} KV heads merged to {last['kv_heads']} and healed on",
+        f"{last['tokens']:,} tokens of text, in {minutes:.0f} CPU minutes. A token's cache goes from",
+        f"{sizes[0]} to {sizes[1]}, held-out bits per byte from {scores[0]:.3f} to {scores[1]:.3f}",
+        f"({above(scores[1], scores[0])}).",
+        f"Measured on {real['text']}, in {real['dtype']}, on {threads} of an {machine['device']}",
+        "([how](docs/log.md#smollm2)).*",
+    )
+    return textwrap.fill(" ".join(sentences), 119, break_on_hyphens=False)
+
+
+def states_table(real: dict[str, Any]) -> str:
+    start = real["states"][0]["bits_per_byte"]
+    rows = [
+        [
+            f"{state['name']} ({kv_head_count(state['kv_heads'])})",
+            f"{state['cache_bytes_per_token']:,} bytes",
+            f"{state['tokens']:,}" if "tokens" in state else "",
+            f"{state['cpu_seconds']:,}" if "cpu_seconds" in state else "",
+            f"{state['bits_per_byte']:.3f}" + (f" ({above(state['bits_per_byte'], start)})" if row else ""),
+        ]
+        for row, state in enumerate(real["states"])
+    ]
+    return markdown(["state", "cache a token (bfloat16)", "tokens read", "CPU seconds", "bits per byte"], rows)
+
+
+def write_states(readme: str, real: dict[str, Any]) -> str:
+    readme = between_marks(readme, "smollm2 caption", states_caption(real))
+    return between_marks(readme, "smollm2 table", states_table(real))
 
 
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for it in STUDIES:
-        known = json.loads(it.data.read_text(encoding="utf-8")) if it.data.exists() else None
-        if (CELLS / it.name).is_dir():
-            new = condense(CELLS / it.name)
+    for study in STUDIES:
+        known = json.loads(study.data.read_text(encoding="utf-8")) if study.data.exists() else None
+        if (CELLS / study.name).is_dir():
+            new = condense(CELLS / study.name)
             known = new if known is None else joined(known, new)
-            save(known, it.data)
+            save(known, study.data)
         if known is not None:
-            draw(known, cache_bytes_per_kv_head(it.recipe), it.picture)
-            page = write_tables(page, it.name, known)
+            draw(known, cache_bytes_per_kv_head(study.recipe), study.picture)
+            page = write_tables(page, study.name, known)
     PAGE.write_text(page, encoding="utf-8")
+    real = json.loads(REAL.read_text(encoding="utf-8"))
+    draw_states(real, REAL_PICTURE)
+    README.write_text(write_states(README.read_text(encoding="utf-8"), real), encoding="utf-8")
 
 
 if __name__ == "__main__":

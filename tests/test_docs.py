@@ -148,6 +148,16 @@ def test_the_study_s_tables_are_those_of_its_data():
         assert page == FIGURES.write_tables(page, drawn.name, json.loads(drawn.data.read_text(encoding="utf-8")))
 
 
+def test_the_readme_s_caption_table_and_picture_are_those_of_its_data(tmp_path):
+    real = json.loads(FIGURES.REAL.read_text(encoding="utf-8"))
+    readme = FIGURES.README.read_text(encoding="utf-8")
+    assert readme == FIGURES.write_states(readme, real)
+    for state in real["states"]:  # 30 layers of 64 features to a head, a key and a value, 2 bytes each
+        assert state["cache_bytes_per_token"] == 30 * 64 * 2 * 2 * state["kv_heads"]
+    FIGURES.draw_states(real, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_a_kv_head_of_the_reference_keeps_what_its_card_says():
     assert FIGURES.cache_bytes_per_kv_head(ROOT / "recipes" / "reference.yaml") * 8 == 8192
 
