@@ -1,9 +1,8 @@
 # Copyright 2026 The GroupFormer authors. Licensed under the Apache License, Version 2.0.
 """GroupFormer configuration: one architecture from multi-head to multi-query attention.
 
-Every field has transformers' own name where one exists. What the fields describe together is checked here, once, when
-a config is built or loaded; the modeling file trusts it. This file also travels to the Hub as remote code, so it
-imports nothing but transformers.
+Every field has transformers' own name where one exists. What the fields describe together is checked here; the
+modeling file trusts it. This file also travels to the Hub as remote code, so it imports nothing but transformers.
 """
 
 import copy
@@ -280,9 +279,9 @@ class GroupFormerConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
-        named = {name: kwargs.pop(name) for name in ("derived_fields", "derived_values") if name in kwargs}
-        for name, value in restore_given({**vars(self), **named}).items():
-            setattr(self, name, value)
+        if named := {name: kwargs.pop(name) for name in ("derived_fields", "derived_values") if name in kwargs}:
+            for name, value in restore_given({**vars(self), **named}).items():
+                setattr(self, name, value)
         # Transformers completes this dictionary in place, so it gets a copy: the caller's stays as it was.
         legacy = ("rope_theta", "partial_rotary_factor")
         rope_parameters = {name: value for name in legacy if (value := kwargs.pop(name, None)) is not None}
@@ -305,9 +304,10 @@ class GroupFormerConfig(PreTrainedConfig):
         self._derive(given)
 
     def __setattr__(self, name, value):
-        has_changed = name not in vars(self) or vars(self)[name] != value
+        values = vars(self)
+        has_changed = name not in values or values[name] != value
         super().__setattr__(name, value)
-        known = vars(self).get("_derived")
+        known = values.get("_derived")
         # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
         is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
         # Transformers makes a layer's config: a copy without `per_layer_config`, in which nothing is derived either.
@@ -347,29 +347,29 @@ class GroupFormerConfig(PreTrainedConfig):
         known = vars(self).get("_derived", {})
         return {name: given if self._value(name) == was else self._value(name) for name, (given, was) in known.items()}
 
+    def _derived_entries(self) -> dict[str, Any]:
+        """What files and dictionaries say of derived fields: what they were given as, where it is not their value."""
+        given, entries = self._given_fields(), {}
+        layers = given.pop("per_layer_config", None)
+        if layers and not self.serialize_explicit_per_layer_config:
+            digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
+            entries["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
+        return {**entries, "derived_fields": {name: v for name, v in given.items() if v != vars(self)[name]}}
+
     def to_dict(self) -> dict[str, Any]:
         """Every value, as transformers' `to_dict`, for whoever reads it; and which ones are derived.
 
         What is put into the dictionary before a config is built from it counts as given, and the rest follows.
         """
-        output, given = super().to_dict(), self._given_fields()
-        output.pop("_derived", None)
-        layers = given.pop("per_layer_config", None)
-        if layers and not self.serialize_explicit_per_layer_config:
-            digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
-            output["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
-        given = {name: value for name, value in given.items() if value != vars(self)[name]}
-        values = {name: vars(self)[name] for name in given}
-        return {**output, **copy.deepcopy({"derived_fields": given, "derived_values": values})}
+        entries = self._derived_entries()
+        entries["derived_values"] = {name: vars(self)[name] for name in entries["derived_fields"]}
+        return {name: v for name, v in super().to_dict().items() if name != "_derived"} | copy.deepcopy(entries)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: derived values are left out, and named, so that the file can be edited."""
-        complete = self.to_dict()
-        given = complete["derived_fields"]
-        output = {**super().to_diff_dict(), **given, "derived_fields": sorted(given)}
-        if "per_layer_config" in complete:
-            output["per_layer_config"] = complete["per_layer_config"]
-        fields = self.__dataclass_fields__
+        entries, fields = self._derived_entries(), self.__dataclass_fields__
+        given = entries["derived_fields"]
+        output = {**super().to_diff_dict(), **given, **entries, "derived_fields": sorted(given)}
         left_out = {"derived_values", *(name for name, value in given.items() if value == fields[name].default)}
         return {name: value for name, value in output.items() if name not in left_out}
 

@@ -403,7 +403,6 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": GroupFormerDecoderLayer, "attentions": GroupFormerAttention}
 
     def __init__(self, config: GroupFormerConfig, *args, **kwargs):
-        config.validate_architecture()  # again, because a config may have been changed since it was built
         super().__init__(config, *args, **kwargs)
         # Only the kind of layer that this model has: accelerate's FSDP looks for each one named.
         self._no_split_modules = [layer_class_of(config).__name__]
@@ -459,6 +458,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
     """The bare transformer: token ids (B, T) or embeddings in, normed hidden states (B, T, hidden_size) out."""
 
     def __init__(self, config: GroupFormerConfig):
+        config.validate_architecture()  # again, because a config may have been changed since it was built
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
