@@ -127,6 +127,9 @@ def test_another_tokenizer_stands_in_for_the_one_that_is_missing(command, source
     words = WITH_TEXT[command](sources / "bare", sources / "text.jsonl", tmp_path / "out")
     done = run(command, [*words, "--tokenizer", sources / "whole", *SHORT.get(command, [])])
     assert done.exit_code == 0, done.exception
+    is_saved = (tmp_path / "out" / "tokenizer.json").exists()
+    for line in (line for line in done.stdout.splitlines() if "groupformer eval" in line):
+        assert f"--tokenizer {sources / 'whole'}" in line or is_saved, "the line to type next would fail"
 
 
 @pytest.mark.parametrize("command", WITH_TEXT)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM
 from groupformer.commands.main import app
-from groupformer.conversion.decilm import export_decilm
+from groupformer.conversion.decilm.writer import export_decilm
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -111,6 +111,40 @@ def test_the_command_writes_what_regroup_made(tmp_path):
     assert (tmp_path / "new" / "configuration_decilm.py").exists()
     (entry,) = json.loads((tmp_path / "new" / "config.json").read_text())["regrouping"]
     assert (entry["from"], entry["to"]) == (4, [1, 4, 2])
+
+
+def test_info_and_plan_read_the_counts_without_running_the_code_beside_them(tmp_path):
+    model = saved(tmp_path / "ours", per_layer_config=BY_LAYER, dtype=torch.float32)
+    export_decilm(tmp_path / "ours", tmp_path / "new")
+    (tmp_path / "new" / "configuration_decilm.py").write_text("raise SystemExit('was run')")
+    facts = json.loads(CliRunner().invoke(app, ["info", str(tmp_path / "new"), "--json"]).stdout)
+    assert (facts["model_type"], facts["parameters"]) == ("nemotron-nas", model.num_parameters())
+    assert [layer["kv_heads"] for layer in facts["layers"]] == [1, 4, 2]
+    assert "DeciLMForCausalLM" in facts["held_by"] and "GGUF deci" in facts["held_by"]
+    planned = CliRunner().invoke(app, ["plan", str(tmp_path / "new")])
+    assert "KV heads: GroupFormerForCausalLM, DeciLMForCausalLM, GGUF deci" in planned.stdout
+    assert "regroup ORIGINAL small" in planned.stdout
+
+
+@pytest.mark.parametrize("command", ["regroup {} {} --kv-heads 1", "bench {}", "import {} {}"])
+def test_what_cannot_read_decilm_says_so_without_a_question(tmp_path, command):
+    saved(tmp_path / "ours", per_layer_config=BY_LAYER)
+    export_decilm(tmp_path / "ours", tmp_path / "new")
+    words = command.format(tmp_path / "new", tmp_path / "out").split()
+    outcome = CliRunner().invoke(app, words, input="")
+    assert isinstance(outcome.exception, ValueError) and "trust_remote_code" not in str(outcome.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_a_layer_without_a_part_is_refused_by_its_place(tmp_path, part):
+    saved(tmp_path / "ours", per_layer_config=BY_LAYER)
+    export_decilm(tmp_path / "ours", tmp_path / "new")
+    content = json.loads((tmp_path / "new" / "config.json").read_text())
+    content["block_configs"][1][part]["no_op"] = True
+    (tmp_path / "new" / "config.json").write_text(json.dumps(content))
+    outcome = CliRunner().invoke(app, ["info", str(tmp_path / "new")])
+    assert f"block_configs[1].{part}.no_op (True)" in str(outcome.exception)
 
 
 REFUSALS = {

@@ -12,7 +12,7 @@ from benchmarks.memory_table import CONFIGS, PAGE, config_of, page
 from groupformer import GroupFormerConfig, GroupFormerForCausalLM
 from groupformer.commands.main import app
 from groupformer.conversion.convert import plan_import
-from groupformer.conversion.counts import classes_for
+from groupformer.conversion.formats import classes_for
 from groupformer.measuring.cache import LayerCache, decoder_of, layer_caches
 from groupformer.measuring.planning import Hardware, parameter_counts, plan
 
@@ -236,3 +236,22 @@ def test_what_can_hold_a_model_is_told_for_every_family_and_count(name, count):
     """Of the families that are asked, some have config classes that refuse a value by an error of their own."""
     config = config_for(name)
     assert "ForCausalLM" in str(classes_for(config, count)) or "LMHead" in str(classes_for(config, count))
+
+
+HOLDERS = {
+    "one count": ({}, 2, "LlamaForCausalLM, GGUF llama"),
+    "counts by layer": ({}, [6, 6, 1], "GroupFormerForCausalLM, DeciLMForCausalLM, GGUF deci"),
+    "by layer, a width that engines round": (
+        {"intermediate_size": 64},
+        [6, 6, 1],
+        "GroupFormerForCausalLM, GGUF deci",
+    ),
+    "by layer, biases": ({"attention_bias": True}, [6, 6, 1], "GroupFormerForCausalLM, DeciLMForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("case", HOLDERS)
+def test_formats_of_other_engines_are_told_where_layers_differ(case):
+    fields, counts, expected = HOLDERS[case]
+    config = LlamaConfig(**{**SMALL, "intermediate_size": 256, "num_key_value_heads": 6, **fields})
+    assert str(classes_for(config, counts)) == expected

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import groupformer
-from groupformer.conversion.decilm import export_decilm
+from groupformer.conversion.decilm.writer import export_decilm
 from groupformer.regrouping.streaming import regroup_folder
 
 from .helpers import random_ids

@@ -128,7 +128,7 @@ def export_command(
 def export_decilm_command(
     source: str, target: Path, family: str | None, overwrite: bool, max_shard_size: float, cost: Cost
 ) -> None:
-    from ..conversion.decilm import export_decilm
+    from ..conversion.decilm.writer import export_decilm
 
     if family is not None:
         raise ValueError(f"--family ({family}) names a class of transformers; leave it out with --format decilm")

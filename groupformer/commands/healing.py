@@ -23,6 +23,7 @@ from .shared import (
     print_json,
     print_outcome,
     resumable_healing,
+    tokenizer_option,
 )
 
 
@@ -94,6 +95,7 @@ def heal_command(
 
     rows = [[layer.layer_idx, layer.merged, layer.solved, layer.healed] for layer in report.layers]
     print_table("Relative error of what attention adds", ["layer", "merged", "closed form", "healed"], rows)
-    lines = [f"groupformer eval {target} --file TEXT"]
-    lines.append(f"groupformer uptrain {target} --teacher {original} --data TEXT --tokens N")
+    option = tokenizer_option(tokenizer)
+    lines = [f"groupformer eval {target} --file TEXT{option}"]
+    lines.append(f"groupformer uptrain {target} --teacher {original} --data TEXT --tokens N{option}")
     print_outcome(f"{target}: healed", {**healed_facts(report), "took": cost}, lines)

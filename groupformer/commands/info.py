@@ -44,7 +44,7 @@ def info_command(
     for name, value in facts.items():
         if name not in ("layers", "regrouping"):
             shown = f"{value:,}" if type(value) is int else value
-            console.print(f"{name.replace('_', ' '):>28}  {shown}")
+            console.print(f"{name.replace('_', ' '):>28}  {shown}", soft_wrap=True)
     for line in regrouping_lines(config):
         console.print(f"{'regrouped':>28}  {line}", soft_wrap=True)
     heads = config.num_attention_heads
@@ -80,7 +80,7 @@ def describe(config: Any, caches: list, parameters: int) -> dict[str, Any]:
 
 def describe_formats(native: Any, caches: list) -> dict[str, Any]:
     """What can hold the model as it is, and the counts of KV heads with which a class of transformers can."""
-    from ..conversion.counts import classes_for
+    from ..conversion.formats import classes_for
     from ..model.configuration_groupformer import divisors
 
     present = [layer.kv_heads for layer in caches]

@@ -45,7 +45,8 @@ def plan_command(
 
     Example: groupformer plan meta-llama/Llama-2-7b-hf --context 8192 --batch 16 --gpu-memory 80 --bandwidth 3350
     """
-    from ..conversion.counts import classes_for
+    from ..conversion.decilm.configuration_decilm import DeciLMConfig
+    from ..conversion.formats import classes_for
     from ..conversion.sources import require
     from ..measuring import planning
     from .tables import print_table
@@ -102,6 +103,6 @@ def plan_command(
             f"tokens fit; the result is a {held_by[fitting.kv_heads].result}"
         )
     if wanted is not None:
-        typer.echo(
-            f"next: groupformer regroup {source or 'SRC'} small --kv-heads {wanted.kv_heads} --calibration TEXT"
-        )
+        # What was exported to DeciLM is not regrouped again, but what it was made from.
+        name = "ORIGINAL" if model.model_type == DeciLMConfig.model_type else source or "SRC"
+        typer.echo(f"next: groupformer regroup {name} small --kv-heads {wanted.kv_heads} --calibration TEXT")

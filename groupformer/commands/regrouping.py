@@ -38,6 +38,7 @@ from .shared import (
     resumable_healing,
     size_on_disk,
     stdout_for_results,
+    tokenizer_option,
 )
 
 
@@ -152,7 +153,7 @@ def regroup_command(
             regroup_folder(source, target, heads, progress=merge_progress, processes=processes, **options)
     if not processes.is_first:
         return
-    print_made(target, load_config(str(target)), before, cost, source, facts)
+    print_made(target, load_config(str(target)), before, cost, source, tokenizer, facts)
 
 
 def healed_facts(report: Any) -> dict[str, str]:
@@ -192,17 +193,23 @@ def expand_command(
 
 
 def print_made(
-    target: Path, config: Any, before: Any, cost: Cost, source: str, more: Mapping[str, Any] | None = None
+    target: Path,
+    config: Any,
+    before: Any,
+    cost: Cost,
+    source: str,
+    tokenizer: str | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """How both commands end."""
     name = config.architectures[0] if config.architectures else type(config).__name__
     facts = {"cache": describe_cache(config, before), "size": size_on_disk(target), **(more or {}), "took": cost}
-    entry = config.regrouping[-1]
-    lines = [f"groupformer eval {target} --file TEXT"]
+    entry, option = config.regrouping[-1], tokenizer_option(tokenizer)
+    lines = [f"groupformer eval {target} --file TEXT{option}"]
     if entry["method"] != "expand":
         if not entry.get("healing"):
-            lines.append(f"groupformer heal {target} {source} DST --text TEXT")
-        lines.append(f"groupformer uptrain {target} --teacher {source} --data TEXT --tokens N")
+            lines.append(f"groupformer heal {target} {source} DST --text TEXT{option}")
+        lines.append(f"groupformer uptrain {target} --teacher {source} --data TEXT --tokens N{option}")
     print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
 
 
@@ -212,7 +219,7 @@ def result_formats(config: Any, wanted: int | str | dict[int, int]) -> Any:
     Raises:
         ValueError: counts that the model cannot have, or a model without a cache of heads.
     """
-    from ..conversion.counts import classes_for
+    from ..conversion.formats import classes_for
     from ..measuring.cache import decoder_of, layer_caches
     from ..regrouping.request import check_counts
 

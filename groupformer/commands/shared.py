@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -204,6 +205,11 @@ def print_outcome(made: str, facts: Mapping[str, Any], next_lines: Sequence[str]
         typer.echo(f"  {name:<{width}}  {value}")
     for index, line in enumerate(next_lines):
         typer.echo(f"{'next:' if index == 0 else '':<{width + 2}}  {line}")
+
+
+def tokenizer_option(tokenizer: str | None) -> str:
+    """The end of a line to type next, where the user named a tokenizer: the result's folder may have none."""
+    return "" if tokenizer is None else f" --tokenizer {shlex.quote(tokenizer)}"
 
 
 def print_json(results: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from .checkpoint import open_checkpoint
+from .decilm.configuration_decilm import DeciLMConfig
 from .sources import base_of_adapter, first_line, is_adapter, locate, require
 
 
@@ -47,7 +48,12 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
     check_files(source)
     with errors_only(), refused_by_library(source):
         model, report = auto_class.from_pretrained(
-            location, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **options
+            location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **gguf,
+            **options,
         )
     if gguf:
         forget_quantization(model)
@@ -113,7 +119,16 @@ def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
         return load_config(base_of_adapter(source), **options)
     location, gguf = locate(source)
     with errors_only(), refused_by_library(source):
-        return AutoConfig.from_pretrained(location, **gguf, **options)
+        return config_of_known_class(location, **gguf, **options)
+
+
+def config_of_known_class(location: str | Path, **options: Any) -> PreTrainedConfig:
+    """A config of transformers' own classes, or of DeciLM's, which is code beside the weights: that is never run."""
+    if "gguf_file" not in options:
+        content, _ = PreTrainedConfig.get_config_dict(location)
+        if content.get("model_type") == DeciLMConfig.model_type:
+            return DeciLMConfig.from_dict(content)
+    return AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
 
 
 @contextmanager
@@ -125,6 +140,11 @@ def refused_by_library(source: str | Path) -> Iterator[None]:
         raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
     except ValueError as error:
         message = " ".join(str(error).split()).split(" Model type should be one of")[0]  # then come hundreds of names
+        if "trust_remote_code" in message:
+            message = (
+                "its class is code of its own, which is not run; vLLM, SGLang and llama.cpp know some of these "
+                "classes, GroupFormer those of transformers"
+            )
         raise ValueError(f"{source} cannot be loaded: {message}") from error
 
 

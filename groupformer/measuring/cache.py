@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..conversion.configs import read_config
-from ..families.registry import FAMILIES, is_groupformer, own_config
+from ..conversion.formats import as_groupformer
+from ..families.registry import is_groupformer
 
 
 # Layers of these types keep keys and values of single tokens; others (linear attention, state spaces, convolutions)
@@ -86,14 +86,7 @@ def decoder_of(config: PreTrainedConfig) -> PreTrainedConfig:
     for field, reason in NO_HEADS_CACHED.items():
         if getattr(config, field, None):
             raise ValueError(f"{field} ({getattr(config, field)}): {reason}, so there are no KV heads to plan")
-    if is_groupformer(config):
-        return own_config(config)
-    if config.model_type in FAMILIES:
-        try:
-            return read_config(config, FAMILIES[config.model_type])
-        except ValueError:  # something that the bridge refuses, and that need not matter to the cache
-            return config
-    return config
+    return as_groupformer(config) or config  # what the bridge refuses need not matter to the cache
 
 
 def layer_caches(config: PreTrainedConfig) -> list[LayerCache]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..conversion.counts import possible_counts, with_kv_heads
+from ..conversion.loading import config_of_known_class, refused_by_library
 from ..conversion.loading import load_config as read_config
-from ..conversion.loading import refused_by_library
 from .cache import decoder_of, layer_caches, positions_of
 
 
@@ -85,7 +85,7 @@ def load_config(source: str | Path | None, config_file: Path | None = None) -> P
         if not config_file.is_file():
             raise ValueError(f"config ({config_file}) is not a file; give the path of a config.json")
         with refused_by_library(config_file):
-            return AutoConfig.from_pretrained(config_file)
+            return config_of_known_class(config_file)
     return read_config(source)
 
 

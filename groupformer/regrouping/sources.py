@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..conversion.checkpoint import open_checkpoint
 from ..conversion.folders import class_name_of, read_json
+from ..conversion.loading import config_of_known_class, refused_by_library
 from ..conversion.weights import check_tensors, shapes_of
 from ..families.registry import is_groupformer
 from ..integrations.loading import load_checkpoint_tensors
@@ -129,12 +130,16 @@ def read_config_and_class(folder: Path, content: dict[str, Any]) -> tuple[PreTra
     if content.get("model_type") == GroupFormerConfig.model_type:
         config: PreTrainedConfig = GroupFormerConfig.from_pretrained(folder)
         return config, getattr(modeling_groupformer, class_name_of(config) or "GroupFormerForCausalLM")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with refused_by_library(folder):
+        config = config_of_known_class(folder)
     config._attn_implementation = None
     name = class_name_of(config)
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if name is None else getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
-        raise ValueError(f"{folder}: architectures ({name!r}) is no class of transformers for {config.model_type}")
+        raise ValueError(
+            f"{folder}: architectures ({name!r}) is no class of transformers for {config.model_type}; take the "
+            "checkpoint that it was made from"
+        )
     return config, found
 
 

@@ -1,6 +1,1 @@
 """A Llama whose layers differ in their key-value heads, for engines that know that as `DeciLMForCausalLM`."""
-
-from .writer import export_decilm
-
-
-__all__ = ["export_decilm"]

@@ -9,14 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from ...families.registry import FAMILIES
 from ...model.configuration_groupformer import GroupFormerConfig
 from ...model.modeling_groupformer import GroupFormerForCausalLM
 from ..checkpoint import open_checkpoint
-from ..configs import write_config
-from ..counts import without_counts
 from ..folders import (
     class_name_of,
     copy_companions,
@@ -27,10 +22,10 @@ from ..folders import (
 )
 from ..shards import MAX_SHARD_BYTES, Progress, ignore_progress, unchanged, write_shards
 from ..weights import check_tensors, shapes_of
+from .configs import decilm_config
 
 
 CODE = Path(__file__).with_name("configuration_decilm.py")
-WIDTH_STEP = 256  # engines round an MLP's width up to a multiple of it
 
 
 @from_opened_folder
@@ -79,50 +74,3 @@ def export_decilm(
         copy_companions(folder, aside)
         free_tokenizer_of_our_code(aside)
     return new
-
-
-def decilm_config(config: GroupFormerConfig) -> dict[str, Any]:
-    """The config.json of `DeciLMForCausalLM`: Llama's, with a block for each layer.
-
-    Raises:
-        ValueError: a field, named with its value, that the format cannot express.
-    """
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"hidden_act ({config.hidden_act!r}) cannot be expressed by DeciLM, whose MLPs use 'silu'")
-    llama = write_config(without_counts(config), FAMILIES["llama"])
-    fields = {name: value for name, value in llama.to_dict().items() if name not in REPLACED and value is not None}
-    rope = dict(llama.rope_parameters)
-    return {
-        **fields,
-        "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
-        "block_configs": [block_of(config, layer) for layer in config.per_layer_config],
-        "rope_theta": rope["rope_theta"],  # engines that do not know `rope_parameters` read these two
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
-    }
-
-
-# Fields of Llama that are one for all layers.
-REPLACED = ("num_key_value_heads", "intermediate_size", "architectures", "model_type", "transformers_version")
-
-
-def block_of(config: GroupFormerConfig, layer: PreTrainedConfig) -> dict[str, Any]:
-    """One layer's entry of `block_configs`."""
-    if layer.intermediate_size % WIDTH_STEP:
-        raise ValueError(
-            f"intermediate_size ({layer.intermediate_size}) cannot be expressed by DeciLM, whose engines round it up "
-            f"to a multiple of {WIDTH_STEP}; keep the GroupFormer format, which vLLM runs through the plugin"
-        )
-    return {
-        "attention": {
-            "n_heads_in_group": config.num_attention_heads // layer.num_key_value_heads,
-            "no_op": False,
-            "replace_with_linear": False,
-        },
-        "ffn": {
-            "ffn_mult": 3 * layer.intermediate_size / (2 * config.hidden_size),
-            "no_op": False,
-            "replace_with_linear": False,
-        },
-    }
