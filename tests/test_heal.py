@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from groupformer.regrouping.heal_folders import heal_folder
 from groupformer.regrouping.heal_jointly import divergence
 from groupformer.regrouping.heal_recipe import HealRecipe
 from groupformer.regrouping.merging import METHODS
+from groupformer.regrouping.processes import Processes
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -324,6 +327,33 @@ def test_a_native_original_teaches_its_import(folders, tmp_path):
     report = heal_folder(tmp_path / "merged", tmp_path / "original", tmp_path / "out", random_ids(16, 16), JOINT)
     assert not report.failed and report.joint.after < report.joint.before
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is GroupFormerForCausalLM
+
+
+@pytest.mark.slow
+def test_two_processes_heal_as_one_does(folders, tmp_path):
+    recipe = {**dataclasses.asdict(JOINT), "epochs": 2}
+    sources = {name: str(folders / folder) for name, folder in (("student", "merged"), ("original", "original"))}
+    job = {**sources, "target": str(tmp_path / "two"), "rows": IDS.tolist(), "recipe": recipe}
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.heal_in_processes", str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    heal_folder(*sources.values(), tmp_path / "one", IDS, HealRecipe(**recipe))
+    merged, one, two = (
+        load_file(folder / "model.safetensors") for folder in (folders / "merged", tmp_path / "one", tmp_path / "two")
+    )
+    assert any(not torch.equal(one[name], merged[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=1e-4)  # a bfloat16 next to it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "one", "two"]
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused(folders, tmp_path):
+    sources = (folders / "merged", folders / "original")
+    with pytest.raises(ValueError, match=r"batch_size \(4\) cannot be shared out evenly among 3 processes"):
+        heal_folder(*sources, tmp_path / "out", IDS, JOINT, processes=Processes(rank=0, count=3))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

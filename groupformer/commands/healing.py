@@ -1,6 +1,7 @@
 """`groupformer heal`: what a merge lost, won back layer by layer."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def heal_command(
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of the layers, as a share of each weight's size.")] = 0.03,
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one step, of all processes together.")] = 2,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     device: Device = None,
@@ -58,14 +60,17 @@ def heal_command(
     """Win back what a merge lost: the attention of SRC learns, layer by layer, what ORIGINAL's gives.
 
     Then all layers together learn ORIGINAL's next tokens, with both models in memory. Only the attention changes.
+    Processes that torchrun or `accelerate launch` starts share out the rows of each batch.
 
     Example: groupformer heal small big healed --text book.txt
     """
     from ..conversion.folders import check_target, opened_folder
     from ..conversion.loading import best_device
-    from ..regrouping.heal_folders import heal_folder
+    from ..regrouping.heal_folders import heal_folder, ignore_progress
     from ..regrouping.heal_recipe import HealRecipe
+    from ..regrouping.processes import Processes
 
+    processes = Processes.from_environment()
     cost, device = Cost(), best_device(device)
     reader = calibration_reader(text, text_column, tokens, tokenizer, row_length)
     for source in (student, original):
@@ -74,20 +79,23 @@ def heal_command(
         opened_folder(student) as folder,
         opened_folder(original) as original_folder,
         resumable_healing(target),
-        phases_bar("healing") as progress,
+        phases_bar("healing") if processes.is_first else nullcontext(ignore_progress) as progress,
     ):
         report = heal_folder(
             folder,
             original_folder,
             target,
             reader,
-            HealRecipe(epochs=epochs, joint_epochs=joint_epochs, learning_rate=learning_rate),
+            HealRecipe(epochs=epochs, joint_epochs=joint_epochs, learning_rate=learning_rate, batch_size=batch_size),
             device=device,
             resume=resume,
             overwrite=overwrite,
             max_shard_bytes=int(max_shard_size * 1e9),
             progress=progress,
+            processes=processes,
         )
+    if not processes.is_first:
+        return
     if as_json:
         print_json(dataclasses.asdict(report))
         return

@@ -119,7 +119,7 @@ def regroup_command(
         raise ValueError("--resume needs --heal: a merge alone begins again")
     processes = Processes.from_environment()
     if heal and processes.count > 1:
-        raise ValueError("--heal works in one process; regroup in several, then start `groupformer heal` in one")
+        raise ValueError("--heal works in one process; regroup without it, then start `groupformer heal` in several")
     cost = Cost()
     heads, before = wanted_heads(kv_heads), load_config(source)
     if processes.is_first:

@@ -29,6 +29,7 @@ from .heal_jointly import JointReport, heal_jointly
 from .heal_recipe import HealRecipe, autocast, cosine_with_warmup, scaled_adamw
 from .layer_by_layer import Call, DecoderLayers, Layer, State, Streams
 from .moments import check_token_ids, longest_row
+from .processes import ALONE, Processes
 from .sources import ModelSource, Source
 
 
@@ -135,6 +136,7 @@ def heal_layers(
     *,
     device: str = "cpu",
     ready: Callable[[int], tuple[LayerReport, State] | None] = lambda layer_idx: None,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[LayerReport, str, State]]:
     """Heals a model's layers, one after the other, with one layer of each model in memory.
 
@@ -143,6 +145,7 @@ def heal_layers(
         token_ids, recipe: As in `heal`.
         device: Where the layers are computed; the residual streams wait in the CPU's memory.
         ready: Gives the report and the attention of a layer that was healed before.
+        processes: Those that heal the same model together, each of which calls this function with all token ids.
 
     Yields:
         For each layer its report, the name of its attention, and the attention's parameters in float32.
@@ -152,7 +155,7 @@ def heal_layers(
     """
     check_pair(student, teacher)
     rows = max(2, recipe.layer_tokens // token_ids.shape[1])
-    batches = split_batches(token_ids[:rows], student.config, recipe)
+    batches = processes.rows_of_batches(split_batches(token_ids[:rows], student.config, recipe))
     layouts = find_attention(student.model_class, student.config)
     own, other = (DecoderLayers(source, layouts, device) for source in (student, teacher))
     with autocast(torch.device(device), recipe.bf16):
@@ -161,7 +164,7 @@ def heal_layers(
             with own.layer(layer_idx) as layer, other.layer(layer_idx) as original:
                 known = ready(layer_idx)
                 if known is None:
-                    report, following = heal_layer(layer, original, streams, expected, recipe)
+                    report, following = heal_layer(layer, original, streams, expected, recipe, processes)
                 else:
                     report, following = known[0], original.run(expected)[0]
                     layer.load(known[1])
@@ -209,7 +212,7 @@ def split_batches(token_ids: torch.Tensor, config: PreTrainedConfig, recipe: Hea
 
 
 def heal_layer(
-    own: "Layer", other: "Layer", streams: Streams, expected: Streams, recipe: HealRecipe
+    own: "Layer", other: "Layer", streams: Streams, expected: Streams, recipe: HealRecipe, processes: Processes
 ) -> tuple[LayerReport, Streams]:
     """Heals one layer for the residual streams, lists of batches (B, T, E), that enter it; returns what leaves the
     original's."""
@@ -223,7 +226,8 @@ def heal_layer(
         for a, h, s in zip(added, expected, streams)
     ]
     energies = [float((w * a.added.square()).mean()) for w, a in zip(weights, added)]
-    problem = Problem(own, own.calls(streams), goals, weights, max(sum(energies) / len(energies), 1e-30), recipe)
+    energy = max(processes.mean(sum(energies) / len(energies)), 1e-30)
+    problem = Problem(own, own.calls(streams), goals, weights, energy, recipe, processes)
     merged = best = problem.error()
     solved = healed = merged
     kept = own.state()
@@ -244,10 +248,17 @@ class Problem:
     """One layer's attention calls, what they are to add, and how errors are weighed; the last batches are held out."""
 
     def __init__(
-        self, layer: "Layer", calls: list["Call"], goals: Streams, weights: Streams, energy: float, recipe: HealRecipe
+        self,
+        layer: "Layer",
+        calls: list["Call"],
+        goals: Streams,
+        weights: Streams,
+        energy: float,
+        recipe: HealRecipe,
+        processes: Processes,
     ):
         self.layer, self.calls, self.goals, self.weights = layer, calls, goals, weights
-        self.energy, self.recipe = energy, recipe
+        self.energy, self.recipe, self.processes = energy, recipe, processes
         self.learned = len(calls) - recipe.held_out_of(len(calls))
 
     def loss(self, index: int) -> torch.Tensor:
@@ -259,7 +270,7 @@ class Problem:
     def error(self) -> float:
         """The mean relative error of the batches held out."""
         held_out = range(self.learned, len(self.calls))
-        return sum(float(self.loss(index)) for index in held_out) / len(held_out)
+        return self.processes.mean(sum(float(self.loss(index)) for index in held_out) / len(held_out))
 
     @torch.no_grad()
     def solve(self, goals: Streams) -> None:
@@ -272,7 +283,7 @@ class Problem:
             with features.recorded() as inputs:
                 output = self.layer.attend(self.calls[index]).raw
             features.add(inputs[0], goals[index] - output, self.weights[index])
-        features.solve(self.recipe.ridge)
+        features.solve(self.recipe.ridge, self.processes)
 
     def train(self, kept: State, best: float) -> tuple[State, float]:
         """Trains the attention's parameters; returns the best weights on the way and their error.
@@ -294,9 +305,10 @@ class Problem:
                 group["lr"] = share * group["highest"] * cosine_with_warmup(step, steps)
             with torch.enable_grad():
                 loss = self.loss(order[step % self.learned])
-            if not torch.isfinite(loss):
+            if not math.isfinite(self.processes.mean(loss.item())):
                 break
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            self.processes.average(gradient for gradient in gradients if gradient is not None)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -347,9 +359,10 @@ class LeastSquares:
         self.gram = self.gram + weighted @ features
         self.cross = self.cross + weighted @ errors.flatten(0, 1).double()
 
-    def solve(self, ridge: float) -> None:
-        """Adds the solution to the layer's weight and bias."""
+    def solve(self, ridge: float, processes: Processes) -> None:
+        """Adds the solution, for what all processes have counted, to the layer's weight and bias."""
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
+        processes.sum((gram, cross))
         penalty = ridge * gram.diagonal().mean().clamp(min=1e-30)
         change = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
         weight, bias = self.projection.weight, getattr(self.projection, "bias", None)

@@ -48,6 +48,7 @@ from .heal import (
 from .heal_jointly import heal_jointly
 from .heal_recipe import HealRecipe
 from .layer_by_layer import State
+from .processes import ALONE, Processes
 from .sources import FolderSource
 from .streaming import Calibration, regroup_folder
 
@@ -67,6 +68,7 @@ def heal_folder(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = ignore_progress,
+    processes: Processes = ALONE,
 ) -> HealReport:
     """Win back what a merge lost, from folder to folder; see `groupformer.heal`.
 
@@ -81,6 +83,7 @@ def heal_folder(
         overwrite: Whether to replace an existing target, once the new one is whole.
         max_shard_bytes: Largest shard to write, in bytes.
         progress: Called after each layer and each step of all layers together.
+        processes: Those that heal it together, each of which calls this function; the first one writes.
 
     Returns:
         What it did.
@@ -97,28 +100,33 @@ def heal_folder(
         check_target(source, target_folder, overwrite)
     own, teacher = FolderSource(folder), FolderSource(original_folder)
     ids = token_ids(folder, own.config) if callable(token_ids) else token_ids
-    batches = split_batches(ids, own.config, recipe)
+    batches = processes.rows_of_batches(split_batches(ids, own.config, recipe))
     if recipe.joint_epochs and device == "cpu":
         check_fits_in_memory(own, teacher)
     work = work_folder(target_folder)
-    if is_groupformer(own.config) and not is_groupformer(teacher.config):
-        layers = prepare_work(work, settings_of(recipe, ids, folder, original_folder), resume, overwrite)
-        if not (work / "original").exists():
+    is_imported = is_groupformer(own.config) and not is_groupformer(teacher.config)
+    if not is_imported:
+        check_pair(own, teacher)
+    if processes.is_first:
+        prepare_work(work, settings_of(recipe, ids, folder, original_folder), resume, overwrite)
+        if is_imported and not (work / "original").exists():
             import_folder(original_folder, work / "original")
+    processes.wait()
+    if is_imported:
         teacher = FolderSource(work / "original")
         check_pair(own, teacher)
-    else:
-        check_pair(own, teacher)
-        layers = prepare_work(work, settings_of(recipe, ids, folder, original_folder), resume, overwrite)
+    layers = HealedLayers(work)
     reports = HealReport([])
     paths: list[str] = []
     for layer_idx, (report, path, state) in enumerate(
-        heal_layers(own, teacher, ids, recipe, device=device, ready=layers.read)
+        heal_layers(own, teacher, ids, recipe, device=device, ready=layers.read, processes=processes)
     ):
-        layers.write(layer_idx, report, state)
+        if processes.is_first:
+            layers.write(layer_idx, report, state)
         paths.append(path)
         reports.layers.append(report)
         progress("layers", len(paths), own.config.get_text_config().num_hidden_layers)
+    processes.wait()
     states: dict[str, Callable[[], State]] = {
         own.stem(path): partial(layers.state, layer_idx) for layer_idx, path in enumerate(paths)
     }
@@ -128,12 +136,15 @@ def heal_folder(
         )
         load_healed(model, layers, paths)
         if is_joint(recipe, model):
-            reports.joint = heal_jointly(model, whole, batches, recipe, progress=partial(progress, "steps"))
+            steps = partial(progress, "steps")
+            reports.joint = heal_jointly(model, whole, batches, recipe, progress=steps, processes=processes)
             states = {own.stem(path): partial(parameters_of, model, path) for path in paths}
-    with written_aside(target_folder) as aside:
-        write_shards(healed_pieces(own, states), aside, max_shard_bytes=max_shard_bytes)
-        write_beside_weights(own, aside, ids.numel(), recipe)
-    shutil.rmtree(work)
+    if processes.is_first:
+        with written_aside(target_folder) as aside:
+            write_shards(healed_pieces(own, states), aside, max_shard_bytes=max_shard_bytes)
+            write_beside_weights(own, aside, ids.numel(), recipe)
+        shutil.rmtree(work)
+    processes.wait()
     return reports
 
 
@@ -303,7 +314,7 @@ def check_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def prepare_work(work: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> HealedLayers:
+def prepare_work(work: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
     """The folder of healed layers: made, taken up again, or emptied.
 
     Raises:
@@ -316,7 +327,6 @@ def prepare_work(work: Path, settings: Mapping[str, Any], resume: bool, overwrit
         work.mkdir(parents=True, exist_ok=True)
         (work / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     check_same_settings(work, settings)
-    return HealedLayers(work)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

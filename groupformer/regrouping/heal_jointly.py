@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import find_attention
 from .heal_recipe import HealRecipe, autocast, cosine_with_warmup, scaled_adamw
+from .processes import ALONE, Processes
 
 
 TOKENS_AT_ONCE = 256  # whose distributions are compared in one piece, so that few copies of the logits are held
@@ -44,14 +45,16 @@ def heal_jointly(
     recipe: HealRecipe,
     *,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    processes: Processes = ALONE,
 ) -> JointReport:
     """Trains the attention of all layers, in place, in float32; the dtype of the model stays.
 
     Args:
         model, original: Both with a language modeling head.
-        batches: Token ids (rows, seq); the last ones are held out.
+        batches: Token ids (rows, seq), of several processes each one's own; the last ones are held out.
         recipe: `joint_epochs` passes, at most at `joint_learning_rate`.
         progress: Called after each step with its number and that of all.
+        processes: Those that train the same model together.
     """
     student = model if has_dtype(model, torch.float32) else copy.deepcopy(model).float()
     paths = [layout.path for layout in find_attention(type(model), model.config)]
@@ -62,10 +65,12 @@ def heal_jointly(
     }
     learned = len(batches) - recipe.held_out_of(len(batches))
     with alone_trainable(student, list(trained.values())), autocast(student.device, recipe.bf16):
-        before = divergence_on(student, original, batches[learned:])
+        before = processes.mean(divergence_on(student, original, batches[learned:]))
         kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        is_finite = math.isfinite(before) and train(student, original, trained, batches[:learned], recipe, progress)
-        after = divergence_on(student, original, batches[learned:]) if is_finite else math.nan
+        is_finite = math.isfinite(before) and train(
+            student, original, trained, batches[:learned], recipe, progress, processes
+        )
+        after = processes.mean(divergence_on(student, original, batches[learned:])) if is_finite else math.nan
         is_healed = after < before
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -83,6 +88,7 @@ def train(
     batches: list[torch.Tensor],
     recipe: HealRecipe,
     progress: Callable[[int, int], None],
+    processes: Processes,
 ) -> bool:
     """AdamW with a cosine over all steps; stops, and says so, where the loss is not finite."""
     parameters = list(trained.values())
@@ -93,9 +99,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["highest"] * cosine_with_warmup(step, len(order))
         loss = divergence(student, original, batches[index])
-        if not torch.isfinite(loss):
+        if not math.isfinite(processes.mean(loss.item())):
             return False
         loss.backward()
+        processes.average(parameter.grad for parameter in parameters if parameter.grad is not None)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,11 +1,12 @@
-"""Several processes at one merge, by torchrun or `accelerate launch`: they share out rows of text, and layers.
+"""Several processes at one merge or healing, by torchrun or `accelerate launch`: they share out text, and layers.
 
 Moments are sums over tokens, so each process measures some rows, and the sums are added. Merges of layers do not
-depend on one another, so each process merges some layers. The first process writes, into a folder that all must see.
+depend on one another, so each process merges some layers. In healing each one reads some rows of every batch, and
+gradients are averaged. The first process writes, into a folder that all must see.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,8 @@ class Processes:
         processes = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if processes.count > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return processes
 
     @property
@@ -56,14 +59,44 @@ class Processes:
             )
         return token_ids[self.rank :: self.count]
 
+    def rows_of_batches(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """This process's rows of each batch (rows, seq), all of which are of one size.
+
+        Raises:
+            ValueError: the rows of a batch cannot be shared out evenly.
+        """
+        if len(batches[0]) % self.count:
+            raise ValueError(
+                f"batch_size ({len(batches[0])}) cannot be shared out evenly among {self.count} processes; choose a "
+                "multiple, and text for at least two batches"
+            )
+        return [batch[self.rank :: self.count] for batch in batches]
+
+    def sum(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by its sum over all processes, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by its mean over all processes, in place."""
+        tensors = list(tensors)
+        self.sum(tensors)
+        for tensor in tensors if self.count > 1 else ():
+            tensor /= self.count
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        number = torch.tensor(value, dtype=torch.float64)
+        self.average([number])
+        return number.item()
+
     def added(self, moments: Iterator[Moment]) -> Iterator[Moment]:
         """Each layer's moment over the rows of all processes."""
         for moment in moments:
-            if self.count > 1:
-                count = torch.tensor(float(moment.count), dtype=torch.float64)
-                for total in (moment.products, moment.total, count):
-                    dist.all_reduce(total)
-                moment.count = count.item()
+            count = torch.tensor(float(moment.count), dtype=torch.float64)
+            self.sum((moment.products, moment.total, count))
+            moment.count = count.item()
             yield moment
 
     @contextmanager
