@@ -3,12 +3,15 @@
 import argparse
 import copy
 import json
+import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import native_study
 from benchmarks.study import Study, with_another_first
-from groupformer import GroupFormerForCausalLM, regroup
+from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer, regroup
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -60,3 +63,30 @@ def test_another_head_comes_first_and_the_function_stays(kv_heads, head):
     chosen = regroup(turned, kv_heads, method="first").model.layers[0].self_attn.k_proj.weight
     keys = model.model.layers[0].self_attn.k_proj.weight
     assert torch.equal(chosen.unflatten(0, (kv_heads, -1))[0], keys.unflatten(0, (4, -1))[head])
+
+
+@pytest.mark.slow
+def test_the_study_of_a_native_checkpoint_makes_each_state_once(tmp_path, monkeypatch, capsys):
+    pandas = pytest.importorskip("pandas")
+    tokenizer = GroupFormerTokenizer()
+    fields = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    fields |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    randomize(LlamaForCausalLM(LlamaConfig(**fields))).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    for split in ("train", "test"):
+        texts = [f"The {split} river number {number} runs from the hills to the sea. " * 120 for number in range(4)]
+        pandas.DataFrame({"text": texts}).to_parquet(tmp_path / f"{split}-0.parquet")
+    counts = {"calibration": 2048, "closed-form": 2048, "heal": 4096, "uptrain": 1024}
+    arguments = [str(tmp_path / "tiny"), "--data", str(tmp_path), "--kv-heads", "1", "--documents", "2"]
+    arguments += ["--output", str(tmp_path / "runs"), *(f"--{name}-tokens={count}" for name, count in counts.items())]
+    monkeypatch.setattr(sys, "argv", ["native_study", *arguments])
+    native_study.main()
+    first = json.loads((tmp_path / "runs" / "tiny-1" / "study.json").read_text())
+    states = {state["name"]: state for state in first["states"]}
+    assert list(states) == ["original", "mean", "aligned", "svd", "closed form", "healed", "uptrained"]
+    assert states["original"]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert states["original"]["cache_bytes_per_token"] == 2 * states["uptrained"]["cache_bytes_per_token"]
+    assert states["healed"]["divergence"] < states["closed form"]["divergence"] < states["svd"]["divergence"]
+    monkeypatch.setattr(native_study, "heal_folder", None)  # a second run makes nothing
+    native_study.main()
+    assert json.loads((tmp_path / "runs" / "tiny-1" / "study.json").read_text()) == first

@@ -1,0 +1,171 @@
+"""What a native checkpoint loses with fewer key-value heads: merged, healed, uptrained; and its cache.
+
+    python -m benchmarks.native_study SmolLM2-135M-Instruct --data ../data/textbooks --kv-heads 1
+
+Each state is a folder below --output, as the commands write it, with its figures in a file beside it. What is there is
+not made again, so a study that was cut off goes on where it stopped. Bits per byte are those of `groupformer eval` in
+windows of 512 tokens; the divergence from the original is measured on the first 512 tokens of the same documents.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import groupformer
+from groupformer.commands.tables import print_table
+from groupformer.conversion.loading import best_device
+from groupformer.measuring.cache import cache_bytes_per_token, kv_heads_of
+from groupformer.measuring.evaluation import evaluate
+from groupformer.regrouping.heal_folders import heal_folder
+from groupformer.regrouping.heal_jointly import divergence_on
+from groupformer.regrouping.heal_recipe import HealRecipe
+from groupformer.regrouping.moments import calibration_from_texts
+from groupformer.regrouping.streaming import regroup_folder
+from groupformer.training.data import read_column
+from groupformer.training.uptraining import UptrainRecipe, uptrain
+
+
+WINDOW = 512
+METHODS = ("mean", "aligned", "svd")
+
+
+class NativeStudy:
+    """A checkpoint, its texts, and the states of it that are ready."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.source = options, Path(options.checkpoint)
+        self.folder = Path(options.output) / f"{self.source.name}-{options.kv_heads}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.config = AutoConfig.from_pretrained(self.source)
+        self.train_files = str(Path(options.data) / "train-*.parquet")
+        self.documents = read_column([Path(options.data) / "test-*.parquet"])[: options.documents]
+        self.device = best_device(None)
+        self.rows: list[dict[str, Any]] = []
+
+    def tokens(self, count: int) -> torch.Tensor:
+        """So many tokens of the training text, in rows of 512."""
+        return calibration_from_texts(read_column([self.train_files]), self.tokenizer, self.config, count, WINDOW)
+
+    def load(self, folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+
+    @torch.no_grad()
+    def scores(self, folder: Path) -> dict[str, Any]:
+        """Cache, bits per byte, and the divergence from the original."""
+        model, original = self.load(folder), self.load(self.source)
+        starts = [self.tokenizer(text, return_tensors="pt").input_ids[:, :WINDOW] for text in self.documents]
+        starts = [row for row in starts if row.shape[1] == WINDOW]
+        return {
+            "kv_heads": kv_heads_of(model.config.get_text_config()),
+            "cache_bytes_per_token": cache_bytes_per_token(model.config, torch.bfloat16),
+            "bits_per_byte": evaluate(model, self.tokenizer, self.documents, window=WINDOW)["bits_per_byte"],
+            "divergence": divergence_on(model, original, starts),
+        }
+
+    def state(self, name: str, make: Callable[[Path], Any] | None, tokens: int = 0) -> Path:
+        """A state's folder: made by `make`, unless it is there, or the checkpoint itself; its figures are kept."""
+        folder = self.source if make is None else self.folder / name
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            started = time.perf_counter(), time.process_time()
+            figures: dict[str, Any] = {"name": name}
+            if make is not None:
+                if not folder.exists():
+                    make(folder)
+                seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+                figures |= {"tokens": tokens, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds)}
+            figures |= self.scores(folder)
+            path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        self.rows.append(json.loads(path.read_text(encoding="utf-8")))
+        print(name, f"{self.rows[-1]['bits_per_byte']:.4f}", flush=True)
+        return folder
+
+
+def run(study: NativeStudy) -> None:
+    options = study.options
+    study.state("original", None)
+    for method in METHODS:
+
+        def merge(folder: Path, method: str = method) -> None:
+            calibration = study.tokens(options.calibration_tokens)
+            regroup_folder(study.source, folder, options.kv_heads, method=method, calibration=calibration)
+
+        study.state(method, merge, options.calibration_tokens)
+
+    def heal(tokens: int, **fields: Any) -> Callable[[Path], Any]:
+        recipe = HealRecipe(**fields)
+        merged = study.folder / METHODS[-1]
+        return lambda folder: heal_folder(merged, study.source, folder, study.tokens(tokens), recipe, resume=True)
+
+    closed = options.closed_form_tokens
+    study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
+    healed = study.state("healed", heal(options.heal_tokens), options.heal_tokens)
+    if options.uptrain_tokens:
+        study.state("uptrained", lambda folder: uptrained(study, healed, folder), options.uptrain_tokens)
+
+
+def uptrained(study: NativeStudy, healed: Path, folder: Path) -> None:
+    work = folder.with_name(f"{folder.name}.work")
+    recipe = UptrainRecipe(
+        model=str(healed),
+        teacher=str(study.source),
+        train_files=[study.train_files],
+        tokens=study.options.uptrain_tokens,
+        learning_rate=study.options.uptrain_learning_rate,
+        batch_size=2,
+        evaluations=1,
+    )
+    uptrain(recipe, work, resume=True)
+    shutil.move(work, folder)
+
+
+def report(study: NativeStudy) -> None:
+    config = study.config.get_text_config()
+    summary = {
+        "checkpoint": study.source.name,
+        "layers": config.num_hidden_layers,
+        "query_heads": config.num_attention_heads,
+        "text": f"{len(study.documents)} documents of the test split",
+        "context": WINDOW,
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+            "threads": torch.get_num_threads(),
+            **{name: version(name) for name in ("torch", "transformers")},
+            "groupformer": groupformer.__version__,
+        },
+        "states": study.rows,
+    }
+    (study.folder / "study.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    columns = ["name", "tokens", "cpu_seconds", "cache_bytes_per_token", "bits_per_byte", "divergence"]
+    print_table(f"{study.source.name}", columns, [[row.get(column, "") for column in columns] for row in study.rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="Folder of a decoder, float32, with its tokenizer.")
+    parser.add_argument("--data", required=True, help="Folder with train- and test-*.parquet.")
+    parser.add_argument("--kv-heads", type=int, required=True)
+    parser.add_argument("--output", default="runs/native_study")
+    parser.add_argument("--documents", type=int, default=8, help="Of the test split.")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--closed-form-tokens", type=int, default=65536)
+    parser.add_argument("--heal-tokens", type=int, default=196_608)
+    parser.add_argument("--uptrain-tokens", type=int, default=49_152, help="0: leave that out.")
+    parser.add_argument("--uptrain-learning-rate", type=float, default=2e-4)
+    study = NativeStudy(parser.parse_args())
+    run(study)
+    report(study)
+
+
+if __name__ == "__main__":
+    main()
