@@ -96,12 +96,12 @@ def regroup_command(
     overwrite: ReplaceTarget = False,
     max_shard_size: ShardSize = 5.0,
 ) -> None:
-    """Give a checkpoint fewer key-value heads: any decoder of transformers comes back as what it was.
+    """Merge a checkpoint's key-value heads into fewer; any decoder of transformers keeps its class and format.
 
-    The merge streams: memory stays near one layer. Without calibration text, the norms' weights stand for the inputs.
-    Where the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer. --heal is
-    `groupformer heal` with its defaults, which has more options. Processes that torchrun or `accelerate launch` starts
-    share out the merge.
+    The merge streams, with about one layer in memory.
+    Where the class has no field for the counts (GPT-2, BLOOM; counts by layer), the result is a GroupFormer.
+    `--heal` runs `groupformer heal` with its defaults; that command has more options.
+    Processes started by torchrun or `accelerate launch` share the work.
 
     Example: groupformer regroup HuggingFaceTB/SmolLM2-135M small --kv-heads 1 --calibration book.txt --heal
     """
