@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -44,12 +45,11 @@ for package in sys.argv[1:]:
 """
 
 
-def requirements() -> dict[str, Requirement]:
-    """What pyproject.toml asks of the packages."""
+def requirements(extras: Sequence[str]) -> dict[str, Requirement]:
+    """What pyproject.toml asks for, with these extras, by package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["training"]]
-    found = {Requirement(line).name: Requirement(line) for line in lines}
-    return {name: found[name] for name in PACKAGES}
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    return {Requirement(line).name: Requirement(line) for line in lines}
 
 
 def oldest(requirement: Requirement) -> str:
@@ -111,7 +111,7 @@ def main() -> int:
     own, rest = (own[: own.index("--")], own[own.index("--") + 1 :]) if "--" in own else (own, [])
     options = parser.parse_args(own)
     options.arguments = rest
-    needed = requirements()
+    needed = requirements(["training"])
     choose = {"oldest": oldest, "newest": newest}
     codes = [run(name, {p: choose[name](needed[p]) for p in PACKAGES}, options) for name in options.which]
     return max(codes)

@@ -2,9 +2,9 @@
 
     python scripts/wheel_tests.py [oldest] [newest] [--dist FOLDER] [--folder build/wheel] [-- PYTEST ARGUMENTS]
 
-Each run gets a fresh environment with the pinned torch, the wheel with its extras, and what the tests need; `oldest`
-takes the lower bounds of transformers and peft. The tests run in a folder without the package's source, so that they
-can only import what is in the wheel. Needs the packages build, twine and packaging.
+Each run gets a fresh environment with the pinned torch, and the wheel with its extras; `oldest` takes the lower bound
+of every package that pyproject.toml names for users, torch aside. The tests run in a folder without the package's
+source, so that they can only import what is in the wheel. Needs the packages build, twine and packaging.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import sys
 import venv
 from pathlib import Path
 
-import tomllib
 from version_tests import ROOT, oldest, requirements
 
 
-FOR_TESTS = ("pytest", "hypothesis", "parameterized")  # names in the extra `dev`
+EXTRAS = ("training", "serving")  # beside `dev`, which the tests need
 WITHOUT_SOURCE = ("tests", "hub_card", "recipes", "benchmarks", "scripts", "docs", "pyproject.toml", "README.md")
 # What reads the repository itself, and not the package.
 OF_THE_REPOSITORY = ("test_docs.py", "test_readme.py", "test_benchmarks.py", "test_families_docs.py")
@@ -38,10 +37,10 @@ def environment(folder: Path, wheel: Path, which: str) -> str:
     venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
-    tools = [line for line in dev if line.startswith(FOR_TESTS)]
-    bounds = [f"{name}=={oldest(needed)}" for name, needed in requirements().items()] if which == "oldest" else []
-    for packages in ([torch], [torch, f"{wheel}[training,serving]", *tools, *bounds]):
+    needed = {name: line for name, line in requirements(EXTRAS).items() if name != "torch"}
+    bounds = [f"{name}=={oldest(requirement)}" for name, requirement in needed.items()] if which == "oldest" else []
+    package = f"{wheel}[{','.join((*EXTRAS, 'dev'))}]"
+    for packages in ([torch], [torch, package, *bounds]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
