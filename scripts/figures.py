@@ -323,12 +323,12 @@ def draw_states(real: dict[str, Any], path: Path) -> None:
     pyplot.rcParams.update({"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK})
     pyplot.rcParams.update({"xtick.color": INK, "ytick.color": INK})
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 3.4), facecolor=PAPER, sharey=True, width_ratios=(3, 5), layout="constrained"
+        1, 2, figsize=(8.4, 3.8), facecolor=PAPER, sharey=True, width_ratios=(3, 4), layout="constrained"
     )
     rows = range(len(states))
     for axes, score, label in (
-        (left, "cache_bytes_per_token", "KV cache, bytes a token (bfloat16)"),
-        (right, "bits_per_byte", "held-out bits per byte (less is better)"),
+        (left, "cache_bytes_per_token", "cache, bytes a token"),
+        (right, "bits_per_byte", "bits per byte (less is better)"),
     ):
         values = [state[score] for state in states]
         axes.set_facecolor(PAPER)
@@ -345,7 +345,7 @@ def draw_states(real: dict[str, Any], path: Path) -> None:
                 text = f"{value:.3f}" + (f"  {above(value, start)}" if row else "")
             axes.annotate(text, (value, row), xytext=(6, 0), textcoords="offset points", va="center", weight="bold")
         axes.axvline(values[0], color=INK, linewidth=1, linestyle=(0, (4, 4)), zorder=0)
-    names = [textwrap.fill(state["name"], 18) + f" ({kv_head_count(state['kv_heads'])})" for state in states]
+    names = [textwrap.fill(f"{state['name']} ({kv_head_count(state['kv_heads'])})", 22) for state in states]
     left.set_yticks(rows, names)
     left.invert_yaxis()
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
