@@ -420,7 +420,7 @@ def test_regroup_merges_and_heals_in_one_command(folders, tmp_path):
     assert f"groupformer uptrain {tmp_path / 'out'} --teacher {folders / 'original'} --data TEXT" in done.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
-    assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 4, "joint_epochs": 1}
+    assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 1, "joint_epochs": 1}
     assert "healed on 1,024 tokens" in (tmp_path / "out" / "README.md").read_text()
     assert not list(tmp_path.glob(".*"))
     assert CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "merged")).exit_code == 0

@@ -42,7 +42,7 @@ from .shared import (
 )
 
 
-HEAL_TOKENS = 65_536
+HEAL_TOKENS = 196_608
 
 
 class Method(str, Enum):

@@ -28,11 +28,11 @@ class HealRecipe:
         seed: Of the order of the batches.
     """
 
-    epochs: int = 4
-    layer_tokens: int = 32_768
+    epochs: int = 1
+    layer_tokens: int = 131_072
     learning_rate: float = 0.03
     joint_epochs: int = 1
-    joint_learning_rate: float = 0.006
+    joint_learning_rate: float = 0.004
     batch_size: int = 2
     ridge: float = 0.01
     held_out: float = 0.08

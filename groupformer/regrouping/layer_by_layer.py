@@ -73,9 +73,13 @@ class Layer:
             with self._watched() as watched:
                 following.append(self._call(states).float().to(states.device))
             self.after = watched["after"]
-            raw, added = watched["raw"].float(), watched["added"].float() * self.multiplier
+            raw, added = watched["raw"].float(), self.scale(watched["added"].float())
             attended.append(Attended(raw.to(states.device), added.to(states.device)))
         return following, attended
+
+    def scale(self, added: torch.Tensor) -> torch.Tensor:
+        """What the layer adds to the residual stream; the tensor itself where there is no multiplier, to save memory."""
+        return added if self.multiplier == 1.0 else added * self.multiplier
 
     @contextmanager
     def _watched(self) -> Iterator[dict[str, Any]]:
@@ -126,7 +130,7 @@ class Layer:
         added = raw
         for module in self.after:
             added = module(added)
-        return Attended(raw.float(), added.float() * self.multiplier)
+        return Attended(raw.float(), self.scale(added.float()))
 
     @torch.no_grad()
     def output_projection(self, call: Call) -> nn.Module | None:
