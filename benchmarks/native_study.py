@@ -4,7 +4,8 @@
 
 Each state is a folder below --output, as the commands write it, with its figures in a file beside it. What is there is
 not made again, so a study that was cut off goes on where it stopped. Bits per byte are those of `groupformer eval` in
-windows of 512 tokens; the divergence from the original is measured on the first 512 tokens of the same documents.
+windows of 512 tokens (by bfloat16 where the machine multiplies faster in it); the divergence is from the original, on
+the first 512 tokens of each document.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from groupformer.measuring.cache import cache_bytes_per_token, kv_heads_of
 from groupformer.measuring.evaluation import evaluate
 from groupformer.regrouping.heal_folders import heal_folder
 from groupformer.regrouping.heal_jointly import divergence_on
-from groupformer.regrouping.heal_recipe import HealRecipe
+from groupformer.regrouping.heal_recipe import HealRecipe, autocast
 from groupformer.regrouping.moments import calibration_from_texts
 from groupformer.regrouping.streaming import regroup_folder
 from groupformer.training.data import read_column
@@ -65,11 +66,14 @@ class NativeStudy:
         model, original = self.load(folder), self.load(self.source)
         starts = [self.tokenizer(text, return_tensors="pt").input_ids[:, :WINDOW] for text in self.documents]
         starts = [row for row in starts if row.shape[1] == WINDOW]
+        with autocast(model.device, None):
+            bits_per_byte = evaluate(model, self.tokenizer, self.documents, window=WINDOW)["bits_per_byte"]
+            divergence = divergence_on(model, original, starts)
         return {
             "kv_heads": kv_heads_of(model.config.get_text_config()),
             "cache_bytes_per_token": cache_bytes_per_token(model.config, torch.bfloat16),
-            "bits_per_byte": evaluate(model, self.tokenizer, self.documents, window=WINDOW)["bits_per_byte"],
-            "divergence": divergence_on(model, original, starts),
+            "bits_per_byte": bits_per_byte,
+            "divergence": divergence,
         }
 
     def state(self, name: str, make: Callable[[Path], Any] | None, tokens: int = 0) -> Path:

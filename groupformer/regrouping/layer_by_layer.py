@@ -78,7 +78,7 @@ class Layer:
         return following, attended
 
     def scale(self, added: torch.Tensor) -> torch.Tensor:
-        """What the layer adds to the residual stream; the tensor itself where there is no multiplier, to save memory."""
+        """What the layer adds to the residual stream: without a multiplier the tensor itself, to save memory."""
         return added if self.multiplier == 1.0 else added * self.multiplier
 
     @contextmanager
