@@ -1,15 +1,17 @@
-"""What fewer key-value heads give in a server: the same model with several head counts, in vLLM or llama.cpp.
+"""What fewer key-value heads give in a server: a model with several head counts, in vLLM, llama.cpp or transformers.
 
     python -m benchmarks.served runs/smollm2 runs/smollm2-1 --engine vllm --cache-mib 96
     python -m benchmarks.served --random 1b --contexts 512 2048 --output runs/served-1b
     python -m benchmarks.served runs/smollm2.gguf runs/smollm2-1.gguf --engine llama.cpp --tokenizer runs/smollm2
+    python -m benchmarks.served runs/smollm2 runs/smollm2-1 --engine transformers
 
 Each checkpoint gets the engine's own server, all at once and idle but for the one that is measured; vLLM's benchmark
 client asks them in turn, so that a ratio compares neighbours. Printed beside each ratio is what `groupformer plan`
 predicts: the bytes that a step reads, over those of the first checkpoint, and the sequences that the cache holds.
 
 The client and vLLM's server run in an environment of their own, made by `make test-vllm` (--vllm names its folder);
-llama.cpp's server comes with the package `xllamacpp` in the environment of --llama-cpp.
+llama.cpp's server comes with the package `xllamacpp` in the environment of --llama-cpp. Transformers' continuous
+batching (`generate_batch`) runs in a process for each checkpoint: its own server refuses what the client sends.
 """
 
 import argparse
@@ -19,13 +21,14 @@ import re
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Server:
         name: The checkpoint's name in the tables.
         config: Its folder, or that of the model that a GGUF file was written from.
         cache_tokens: Tokens that the server says its cache holds; None where it does not say.
+        worker: The process that is asked by lines instead, where there is no server.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Server:
     config: Path
     port: int
     cache_tokens: int | None
+    worker: subprocess.Popen | None = None
 
 
 def free_port() -> int:
@@ -142,7 +147,59 @@ def llama_cpp_server(checkpoint: Path, options: argparse.Namespace, log: Path) -
         yield Server(config.name, str(checkpoint), config, port, tokens)
 
 
-ENGINES = {"vllm": vllm_server, "llama.cpp": llama_cpp_server}
+TRANSFORMERS = """
+import json, sys, statistics, time, torch
+import groupformer
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+options = json.loads(sys.argv[1])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=options["dtype"], attn_implementation="sdpa")
+model = model.to(device).eval()
+print("ready", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    batching = ContinuousBatchingConfig(
+        page_size=256, num_blocks=options["tokens"] // 256, max_requests_per_batch=asked["concurrency"]
+    )
+    tokens = torch.randint(3, model.config.vocab_size, (asked["requests"], asked["context"])).tolist()
+    generation = GenerationConfig(max_new_tokens=asked["new_tokens"], eos_token_id=-1, pad_token_id=0, do_sample=False)
+    started = time.perf_counter()
+    done = model.generate_batch(tokens, generation, batching, record_timestamps=True).values()
+    seconds, count = time.perf_counter() - started, sum(len(each.generated_tokens) for each in done)
+    times = [each.timestamps for each in done]
+    print(json.dumps({
+        "tokens_per_second": count / seconds,
+        "first_ms": 1e3 * statistics.median(each.timestamps[0] - each.created_time for each in done),
+        "next_ms": 1e3 * statistics.median((each[-1] - each[0]) / (len(each) - 1) for each in times),
+        "completed": len(times),
+    }), flush=True)
+"""
+
+
+@contextmanager
+def transformers_worker(checkpoint: Path, options: argparse.Namespace, log: Path) -> Iterator[Server]:
+    """Continuous batching, whose cache is allotted by blocks of 256 tokens."""
+    tokens = (options.cache_mib << 20) // bytes_per_token(checkpoint, options) // 256 * 256
+    content = {"model": str(checkpoint), "dtype": options.dtype, "tokens": tokens}
+    command = [sys.executable, "-c", TRANSFORMERS, json.dumps(content)]
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with open(log, "w") as file, subprocess.Popen(command, stderr=file, **pipes) as worker:
+        try:
+            answer_of(worker, log)
+            yield Server(checkpoint.name, str(checkpoint), checkpoint, 0, tokens, worker)
+        finally:
+            worker.terminate()
+
+
+def answer_of(worker: subprocess.Popen, log: Path) -> str:
+    assert worker.stdout is not None
+    if not (line := worker.stdout.readline()):
+        raise RuntimeError(f"the process ended:\n{log.read_text()[-3000:]}")
+    return line
+
+
+ENGINES = {"vllm": vllm_server, "llama.cpp": llama_cpp_server, "transformers": transformers_worker}
 # Bytes of a cached number: blocks of 32 eight-bit numbers share a half precision scale in llama.cpp.
 CACHE_TYPE_BYTES = {"GGML_TYPE_F16": 2.0, "GGML_TYPE_Q8_0": 34 / 32}
 
@@ -156,6 +213,8 @@ def bytes_per_token(config: Path, options: argparse.Namespace) -> int:
 
 def ask(server: Server, context: int, concurrency: int, options: argparse.Namespace) -> dict[str, float]:
     """Tokens a second, milliseconds to the first token and for each further one: a run of vLLM's benchmark client."""
+    if server.worker is not None:
+        return ask_worker(server, context, concurrency, options)
     with tempfile.TemporaryDirectory() as folder:
         command = [str(options.vllm / "bin" / "vllm"), "bench", "serve", "--backend", "openai"]
         command += ["--base-url", f"http://127.0.0.1:{server.port}", "--model", server.model, "--disable-tqdm"]
@@ -176,6 +235,17 @@ def ask(server: Server, context: int, concurrency: int, options: argparse.Namesp
         raise RuntimeError(f"{server.name} answered {result['completed']} of {concurrency * options.waves} requests")
     names = {"tokens_per_second": "output_throughput", "first_ms": "median_ttft_ms", "next_ms": "median_tpot_ms"}
     return {name: result[theirs] for name, theirs in names.items()}
+
+
+def ask_worker(server: Server, context: int, concurrency: int, options: argparse.Namespace) -> dict[str, float]:
+    """The same figures from a process without a server; requests are there from the beginning, and wait in it."""
+    assert server.worker is not None and server.worker.stdin is not None
+    asked = {"context": context, "concurrency": concurrency, "new_tokens": options.new_tokens}
+    print(json.dumps({**asked, "requests": concurrency * options.waves}), file=server.worker.stdin, flush=True)
+    answer = json.loads(answer_of(server.worker, options.output / f"{server.name}.log"))
+    if answer.pop("completed") != concurrency * options.waves:
+        raise RuntimeError(f"{server.name} did not answer all of {concurrency * options.waves} requests")
+    return answer
 
 
 def predict(server: Server, context: int, concurrency: int, options: argparse.Namespace) -> dict[str, float]:
@@ -200,7 +270,8 @@ def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str
             row = {"context": context, "concurrency": concurrency, "models": []}
             for server, seen in zip(servers, runs):
                 medians = {name: statistics.median(run[name] for run in seen) for name in seen[0]}
-                row["models"].append({**asdict(server), **medians, **predict(server, context, concurrency, options)})
+                told = {name: value for name, value in vars(server).items() if name != "worker"}
+                row["models"].append({**told, **medians, **predict(server, context, concurrency, options)})
             rows.append(row)
             print("\n".join(lines(row)), flush=True)
     return rows

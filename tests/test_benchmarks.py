@@ -73,3 +73,15 @@ def test_every_family_is_timed(tmp_path):
     rows = json.loads((tmp_path / "families.json").read_text())["rows"]
     assert [row["family"] for row in rows] == list(FAMILIES)
     assert all(case["GroupFormer"]["ratio"] > 0 for row in rows for case in row["cases"].values())
+
+
+@pytest.mark.slow
+def test_the_same_shape_with_fewer_heads_is_served_by_continuous_batching(tmp_path):
+    arguments = ["--random", "tiny", "--engine", "transformers", "--contexts", "48", "--concurrency", "2"]
+    arguments += ["--rounds", "1", "--new-tokens", "4", "--cache-mib", "16", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "benchmarks.served", *arguments], check=True, capture_output=True)
+    (row,) = json.loads((tmp_path / "served.json").read_text())["rows"]
+    first, last = row["models"]
+    assert last["cache_tokens"] == 4 * first["cache_tokens"]  # 8 KV heads and 2
+    assert first["fits"] == 16 * 2**20 // (2 * 2 * 8 * 32 * 2 * 52)
+    assert all(model["tokens_per_second"] > 0 and model["next_ms"] > 0 for model in row["models"])
