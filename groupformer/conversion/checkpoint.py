@@ -41,7 +41,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 COPY_BYTES = 8 << 20  # the unit in which unchanged tensors pass from file to file
-LOOK_BYTES = 1 << 20  # the same where they are looked at on the way: small enough for the processor's cache
+LOOK_BYTES = 1 << 18  # the same where they are looked at on the way: small enough for the processor's cache
 
 # Reports bytes as they pass.
 Advance = Callable[[int], None]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from .heads import AttentionHeads, join_rotary, split_rotary
-from .merging import METHODS, Features, Merge, aligned, mean, times_moment
+from .merging import METHODS, Features, Merge, aligned, lost_energy, mean, times_moment
 
 
 Groups = Sequence[Sequence[int]]
@@ -41,7 +41,7 @@ def normed_key_blocks(
         factors = sizes.mean() / sizes
         key, own = key * factors[:, None, None], own * torch.outer(factors, factors)
     metric = torch.full((1, len(key), 1, 1), float(heads.queries_per_key), dtype=own.dtype)
-    return [key.flatten(1)[None, :, None]], [Features(own[None, :, None, :, None], metric)]
+    return [key.flatten(1)[None, :, None]], [Features.of_gram(own[None, :, None, :, None], metric)]
 
 
 class LayerProblem:
@@ -81,12 +81,11 @@ class LayerProblem:
         return self.losses[members]
 
     def _loss(self, group: list[int]) -> float:
-        value = self.value_features.take(group)
-        loss = float(self.value_method(value).lost_energy(value).sum()) / max(self.value_energy, 1e-300)
-        for features in self.key_features:
-            key = features.take(group)
-            loss += float(self.key_method(key).lost_energy(key).sum()) / max(self.key_energy, 1e-300)
-        return loss
+        lost_by_values = float(lost_energy(self.value_method, self.value_features.take(group)).sum())
+        lost_by_keys = sum(
+            float(lost_energy(self.key_method, features.take(group)).sum()) for features in self.key_features
+        )
+        return lost_by_values / max(self.value_energy, 1e-300) + lost_by_keys / max(self.key_energy, 1e-300)
 
     def merged(self, groups: Groups, generator: torch.Generator) -> AttentionHeads:
         """The layer with one key-value head for each group, in the groups' order; query heads follow their group."""

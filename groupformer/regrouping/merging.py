@@ -32,10 +32,22 @@ class Features:
     Args:
         gram: (b, n, d, n, d), W_a S W_bᴴ.
         metric: (b, n, d, d), B_a.
+        roots, inverse_roots: (b, n, d, d), L_a = B_a^½ and its pseudo-inverse.
+        weighted: (b, n, d, n, d), L_a W_a S W_bᴴ L_b.
     """
 
     gram: torch.Tensor
     metric: torch.Tensor
+    roots: torch.Tensor
+    inverse_roots: torch.Tensor
+    weighted: torch.Tensor
+
+    @classmethod
+    def of_gram(cls, gram: torch.Tensor, metric: torch.Tensor) -> "Features":
+        """Of all heads of a layer: roots are taken once, and groups take their parts."""
+        roots, inverse_roots = square_roots(metric.to(gram.dtype))
+        weighted = torch.einsum("baij,bajck,bckl->baicl", roots, gram, roots)
+        return cls(gram, metric, roots, inverse_roots, weighted)
 
     @classmethod
     def of_rows(cls, rows: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor) -> "Features":
@@ -43,22 +55,23 @@ class Features:
         blocks, heads, size, _ = rows.shape
         flat = rows.flatten(1, 2)  # (b, n * d, E)
         gram = times_moment(flat, moment) @ flat.mH
-        return cls(gram.unflatten(2, (heads, size)).unflatten(1, (heads, size)), metric)
+        return cls.of_gram(gram.unflatten(2, (heads, size)).unflatten(1, (heads, size)), metric)
 
     def take(self, heads: list[int]) -> "Features":
         """Those of some of the heads."""
-        return Features(self.gram[:, heads][:, :, :, heads], self.metric[:, heads])
-
-    @property
-    def flat_gram(self) -> torch.Tensor:
-        """(b, n * d, n * d)."""
-        return self.gram.flatten(3, 4).flatten(1, 2)
+        gram, weighted = (between[:, heads][:, :, :, heads] for between in (self.gram, self.weighted))
+        return Features(gram, self.metric[:, heads], self.roots[:, heads], self.inverse_roots[:, heads], weighted)
 
     @property
     def energy(self) -> torch.Tensor:
         """What the readers get from each block in all, tr(B_a W_a S W_aᴴ) summed over heads: (b,)."""
         own = torch.diagonal(self.gram, dim1=1, dim2=3).movedim(-1, 1)  # (b, n, d, d)
         return torch.einsum("bnij,bnji->b", self.metric.to(own.dtype), own).real
+
+
+def flat(between: torch.Tensor) -> torch.Tensor:
+    """What stands between heads, (b, n, d, n, d), as matrices (b, n * d, n * d)."""
+    return between.flatten(3, 4).flatten(1, 2)
 
 
 def times_moment(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -88,7 +101,7 @@ class Merge:
         coefficients = self.coefficients.flatten(1, 2)  # (b, n * d, d)
         mix = self.mix.transpose(1, 2).flatten(2)  # (b, d, n * d)
         error = torch.eye(heads * size, dtype=mix.dtype) - coefficients @ mix
-        errors = (error @ features.flat_gram @ error.mH).unflatten(2, (heads, size)).unflatten(1, (heads, size))
+        errors = (error @ flat(features.gram) @ error.mH).unflatten(2, (heads, size)).unflatten(1, (heads, size))
         own = torch.diagonal(errors, dim1=1, dim2=3).movedim(-1, 1)  # (b, n, d, d)
         return torch.einsum("bnij,bnji->b", features.metric.to(own.dtype), own).real.clamp(min=0)
 
@@ -152,17 +165,21 @@ def svd(features: Features) -> Merge:
     value decomposition of the stacked maps O_h W_a S^½; for a rotary pair, the leading principal component of the
     complex rows, weighted by their queries' energies. W is scaled to the mean energy of the heads that it replaces.
     """
-    roots, inverse_roots = square_roots(features.metric.to(features.gram.dtype))
     heads, size = features.gram.shape[1:3]
-    gram = torch.einsum("baij,bajck,bckl->baicl", roots, features.gram, roots)
-    _, vectors = torch.linalg.eigh(gram.flatten(3, 4).flatten(1, 2))
+    _, vectors = torch.linalg.eigh(flat(features.weighted))
     leading = vectors[..., -size:].flip(-1).unflatten(1, (heads, size))  # (b, n, d, d), P_a
-    mix, coefficients = leading.mH @ roots, inverse_roots @ leading
+    mix, coefficients = leading.mH @ features.roots, features.inverse_roots @ leading
     own = torch.einsum("baii->b", torch.diagonal(features.gram, dim1=1, dim2=3).movedim(-1, 1)).real / heads
     shared = torch.einsum("baij,bajck,bcik->b", mix, features.gram, mix.conj()).real
     scale = torch.where(shared > 0, own / shared.clamp(min=torch.finfo(shared.dtype).tiny), 1.0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)[:, None, None, None]
     return Merge(mix * scale, coefficients / scale)
+
+
+def svd_loss(features: Features) -> torch.Tensor:
+    """What the readers of each block lose by `svd`, all eigenvalues but the d leading ones: (b,)."""
+    size = features.gram.shape[2]
+    return torch.linalg.eigvalsh(flat(features.weighted))[..., :-size].clamp(min=0).sum(dim=-1)
 
 
 def square_roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,3 +199,8 @@ METHODS: dict[str, Callable[[Features], Merge]] = {
     "aligned": aligned,
     "svd": svd,
 }
+
+
+def lost_energy(method: Callable[[Features], Merge], features: Features) -> torch.Tensor:
+    """What the readers of each block lose by a method: (b,). For `svd` it is known without the merge."""
+    return svd_loss(features) if method is svd else method(features).lost_energy(features)
