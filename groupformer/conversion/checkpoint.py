@@ -41,12 +41,12 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 COPY_BYTES = 8 << 20  # the unit in which unchanged tensors pass from file to file
-LOOK_BYTES = 1 << 18  # the same where they are looked at on the way: small enough for the processor's cache
+CHECK_BYTES = 1 << 18  # the same where they are checked on the way: small enough for the processor's cache
 
 # Reports bytes as they pass.
 Advance = Callable[[int], None]
 # Looks at a part of a tensor, flat, as it passes; raises to stop.
-Look = Callable[[torch.Tensor], None]
+Check = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ class SafetensorsSource:
             read_exactly(file, data.numpy().data, path)
         return data.view(entry.dtype).view(entry.shape)
 
-    def copy(self, name: str, target: BinaryIO, advance: Advance, look: Look | None = None) -> None:
-        """Passes a tensor's bytes to a file as they are; `look` sees them part by part."""
+    def copy(self, name: str, target: BinaryIO, advance: Advance, check: Check | None = None) -> None:
+        """Passes a tensor's bytes to a file as they are; `check` sees them part by part."""
         entry, (path, offset) = self.entries[name], self.places[name]
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
-            if look is None:
+            if check is None:
                 copy_bytes(file, target, entry.size, path, advance)
             else:
-                copy_looked_at(file, target, entry, path, advance, look)
+                copy_checked(file, target, entry, path, advance, check)
 
 
 class BinSource:
@@ -181,13 +181,13 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path, advanc
         advance(count)
 
 
-def copy_looked_at(source: BinaryIO, target: BinaryIO, entry: Entry, path: Path, advance: Advance, look: Look) -> None:
-    """Copies a tensor between unbuffered files, each part looked at before it is written."""
-    buffer = torch.empty(min(entry.size, LOOK_BYTES), dtype=torch.uint8)
-    for start in range(0, entry.size, LOOK_BYTES):
-        part = buffer[: min(LOOK_BYTES, entry.size - start)]
+def copy_checked(source: BinaryIO, target: BinaryIO, entry: Entry, path: Path, advance: Advance, check: Check) -> None:
+    """Copies a tensor between unbuffered files, each part checked before it is written."""
+    buffer = torch.empty(min(entry.size, CHECK_BYTES), dtype=torch.uint8)
+    for start in range(0, entry.size, CHECK_BYTES):
+        part = buffer[: min(CHECK_BYTES, entry.size - start)]
         read_exactly(source, part.numpy().data, path)
-        look(part.view(entry.dtype))
+        check(part.view(entry.dtype))
         write_all(target, part.numpy().data)
         advance(len(part))
 

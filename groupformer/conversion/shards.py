@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from .checkpoint import DTYPE_NAMES, Advance, Entry, Look, SafetensorsSource, Source, write_all
+from .checkpoint import DTYPE_NAMES, Advance, Check, Entry, SafetensorsSource, Source, write_all
 
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -56,20 +56,20 @@ class Piece:
             advance(entry.size)
 
 
-def unchanged(source: Source, name: str, new_name: str | None = None, look: Look | None = None) -> Piece:
+def unchanged(source: Source, name: str, new_name: str | None = None, check: Check | None = None) -> Piece:
     """A tensor of a checkpoint as it is; of a safetensors file its bytes are copied and never become a whole tensor.
 
     Args:
-        look: Sees it, whole or part by part, before it is written; raises to stop.
+        check: Sees it, whole or part by part, before it is written; raises to stop.
     """
     entries = {new_name or name: source.entries[name]}
     if isinstance(source, SafetensorsSource):
-        return Piece(entries, copy=lambda file, advance: source.copy(name, file, advance, look))
+        return Piece(entries, copy=lambda file, advance: source.copy(name, file, advance, check))
 
     def tensors() -> list[torch.Tensor]:
         tensor = source.read(name)
-        if look is not None:
-            look(tensor)
+        if check is not None:
+            check(tensor)
         return [tensor]
 
     return Piece(entries, tensors)

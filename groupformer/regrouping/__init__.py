@@ -28,7 +28,7 @@ from .steps import (
     find_moments,
     merge_layer,
     plan_regrouping,
-    say_that_class_changes,
+    warn_that_class_changes,
 )
 
 
@@ -96,7 +96,7 @@ def regroup(
     result = describe_result(source, plan, plan.example_counts, calibration, healing)
     if result is None:
         ours = as_groupformer(model)
-        say_that_class_changes(source, plan.layouts, plan.example_counts)
+        warn_that_class_changes(source, plan.layouts, plan.example_counts)
         options: dict[str, Any] = dict(
             method=method, grouping=grouping, calibration=calibration, budget=budget, heal=recipe
         )

@@ -146,7 +146,7 @@ def missing_roles(roles: Mapping[str, str]) -> list[str]:
 
 
 def kind_of_attention(call: AttentionCall) -> tuple:
-    """What tells one kind of attention layer from another: its class, shapes, scalars, and what it is given."""
+    """What distinguishes kinds of attention layers: the class, shapes, scalars, and what they are given."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in call.module.state_dict().items())
     simple = (bool, int, float, str, type(None))
     scalars = tuple((name, value) for name, value in vars(call.module).items() if isinstance(value, simple))
@@ -284,7 +284,7 @@ class Proof:
                 smallest = min(smallest, change)
         self.refuse(
             f"its output changes by {smallest:.1g} of itself when keys are mapped and queries undo it; "
-            "its keys are turned, normed or used in a way that is not known"
+            "its keys are rotated, normed or used in a way that is not known"
         )
 
     def rotations(self, head_dim: int) -> Iterator[tuple[int, bool]]:
@@ -347,9 +347,9 @@ def orthogonal(count: int, size: int) -> torch.Tensor:
 
 def map_values(heads: AttentionHeads) -> AttentionHeads:
     """Values under an orthogonal map for each key-value head, which the output projection undoes."""
-    turns = orthogonal(*heads.value.shape[:2])
-    undo = turns.mT.repeat_interleave(heads.queries_per_key, dim=0)
-    return replace(heads, value=turns @ heads.value, output=heads.output @ undo)
+    maps = orthogonal(*heads.value.shape[:2])
+    undo = maps.mT.repeat_interleave(heads.queries_per_key, dim=0)
+    return replace(heads, value=maps @ heads.value, output=heads.output @ undo)
 
 
 def map_keys(heads: AttentionHeads) -> AttentionHeads:
@@ -361,13 +361,13 @@ def map_keys(heads: AttentionHeads) -> AttentionHeads:
         sizes = 0.7 + torch.rand(len(block), groups, 1, 1, generator=generator, dtype=torch.float64)
         if block.is_complex():
             angles = 6 * torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
-            turns, undo = torch.polar(sizes, angles), torch.polar(1 / sizes, angles)
+            maps, undo = torch.polar(sizes, angles), torch.polar(1 / sizes, angles)
         else:
-            turns = sizes * orthogonal(groups, block.shape[2])
-            undo = turns / sizes**2
+            maps = sizes * orthogonal(groups, block.shape[2])
+            undo = maps / sizes**2
         undo = undo.repeat_interleave(heads.queries_per_key, dim=1)
         keys[index], queries[index] = (
-            (turns * block, undo * queries[index]) if block.is_complex() else (turns @ block, undo @ queries[index])
+            (maps * block, undo * queries[index]) if block.is_complex() else (maps @ block, undo @ queries[index])
         )
     return replace(heads, key=join_rotary(keys), query=join_rotary(queries))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from .layers import LayerProblem
 
 
-MOST_PARTITIONS = 20_000  # more ways to part the heads into groups are not listed
+MOST_PARTITIONS = 20_000  # more ways to split the heads into groups are not listed
 COMPARED_PARTITIONS = 8  # those with the best pairs; in 12 layers of random correlated heads the best was among them
 
 
@@ -45,7 +45,7 @@ def similar(problem: LayerProblem, count: int) -> list[list[int]]:
 
 
 def partitions_of(heads: list[int], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """All ways to part heads into groups of a size, each once."""
+    """All ways to split heads into groups of a size, each once."""
     if not heads:
         yield []
         return

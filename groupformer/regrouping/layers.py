@@ -62,10 +62,10 @@ class LayerProblem:
         if heads.geometry.qk_norm is None:
             self.key_rows, self.key_features = key_blocks(heads, moment)
         else:
-            turns = method in ("aligned", "svd")
-            if turns:
+            rotates = method in ("aligned", "svd")
+            if rotates:
                 self.key_method = aligned if heads.geometry.sign_is_free else mean
-            self.key_rows, self.key_features = normed_key_blocks(heads, moment, equalize=turns)
+            self.key_rows, self.key_features = normed_key_blocks(heads, moment, equalize=rotates)
         self.key_energy = sum(float(features.energy.sum()) for features in self.key_features)
         self.value_energy = float(self.value_features.energy.sum())
         self.losses: dict[tuple[int, ...], float] = {}

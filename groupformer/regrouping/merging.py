@@ -133,7 +133,7 @@ def mean(features: Features) -> Merge:
 
 
 def aligned(features: Features) -> Merge:
-    """The mean of the heads after each was turned into a common frame by a unitary R_a, undone by its readers.
+    """The mean of the heads after each was rotated into a common frame by a unitary R_a, which its readers undo.
 
     The R_a that maximise Σ_{a≠b} Re tr(R_a W_a S W_bᴴ R_bᴴ): generalized Procrustes analysis (Gower 1975), as Jin et
     al. (2024, arXiv 2412.20677, section 3) align heads before pruning them to groups. Each sweep sets one R_a after
@@ -141,16 +141,16 @@ def aligned(features: Features) -> Merge:
     keys without positions R_a is orthogonal; for a rotary pair it is a phase.
     """
     heads = features.gram.shape[1]
-    turns = [best_turn(features.gram[:, a, :, 0]) for a in range(heads)]
+    rotations = [best_rotation(features.gram[:, a, :, 0]) for a in range(heads)]
     for _ in range(ALIGNMENT_SWEEPS if heads > 2 else 0):
         for a in range(heads):
-            others = [features.gram[:, a, :, b] @ turns[b].mH for b in range(heads) if b != a]
-            turns[a] = best_turn(torch.stack(others).sum(dim=0))
-    turned = torch.stack([turns[0].mH @ turn for turn in turns], dim=1)  # in the first head's frame
-    return Merge(turned / heads, turned.mH)
+            others = [features.gram[:, a, :, b] @ rotations[b].mH for b in range(heads) if b != a]
+            rotations[a] = best_rotation(torch.stack(others).sum(dim=0))
+    rotated = torch.stack([rotations[0].mH @ rotation for rotation in rotations], dim=1)  # in the first head's frame
+    return Merge(rotated / heads, rotated.mH)
 
 
-def best_turn(overlap: torch.Tensor) -> torch.Tensor:
+def best_rotation(overlap: torch.Tensor) -> torch.Tensor:
     """The unitary R that maximises Re tr(R X) for each X (b, d, d): with X = U Σ Vᴴ it is V Uᴴ (Schönemann 1966)."""
     left, _, right = torch.linalg.svd(overlap)
     return right.mH @ left.mH

@@ -1,4 +1,4 @@
-"""What the inputs of attention look like: their second moment, measured on text or told by the norm before them."""
+"""The second moment of what enters attention, measured on text or derived from the norm before it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which class and config can hold other counts of key-value heads, and what the result says about itself."""
+"""Which class and config can hold other counts of key-value heads, and what its config records."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -123,7 +123,7 @@ def short_counts(layouts: Sequence[AttentionLayout]) -> int | list[int]:
 
 
 def with_provenance(result: Result, layouts: Sequence[AttentionLayout], **facts: Any) -> Result:
-    """The result, its config telling what was done: `config.regrouping` gets one more entry.
+    """The result, its config recording what was done: `config.regrouping` gets one more entry.
 
     Args:
         result: As found.

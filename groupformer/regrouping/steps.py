@@ -88,7 +88,7 @@ class StoredMoments:
 
 
 class NormMoments:
-    """Moments as the norms before attention tell them, made when they are asked for."""
+    """Moments derived from the norms before attention, each when it is asked for."""
 
     def __init__(self, source: Source, layouts: Sequence[AttentionLayout]):
         self.source, self.layouts = source, layouts
@@ -107,7 +107,7 @@ def find_moments(
     dtype: torch.dtype = torch.float32,
     processes: Processes = ALONE,
 ) -> Moments:
-    """The moment of each layer's inputs, measured on token ids (batch, seq) or told by the norms.
+    """The moment of each layer's inputs, measured on token ids (batch, seq) or derived from the norms.
 
     Args:
         scratch: Where measured moments wait in files; without it they stay in memory.
@@ -148,7 +148,7 @@ def merge_layer(source: Source, plan: Plan, moments: Moments, layer_idx: int, co
 def describe_result(
     source: Source, plan: Plan, counts: Sequence[int], token_ids: torch.Tensor | None, healing: object = None
 ) -> Result | None:
-    """The new config, which tells what was done, and the attention of its model; None where the class has none."""
+    """The new config, which records what was done, and the attention of its model; None where the class has none."""
     result = find_result(source.model_class, source.config, plan.layouts, counts)
     if result is None:
         return None
@@ -163,8 +163,8 @@ def describe_result(
     )
 
 
-def say_that_class_changes(source: Source, layouts: Sequence[AttentionLayout], counts: Sequence[int]) -> None:
-    """Tells before any work that the result is a GroupFormer, and why."""
+def warn_that_class_changes(source: Source, layouts: Sequence[AttentionLayout], counts: Sequence[int]) -> None:
+    """Warn before any work that the result is a GroupFormer, and why."""
     wanted = f"{counts[0]} instead of {short_counts(layouts)}" if len(set(counts)) == 1 else "other counts by layer of"
     logger.warning(
         f"{source.model_class.__name__} has no config field for {wanted} key-value heads; the result is a GroupFormer"

@@ -1,7 +1,7 @@
 """Regrouping from folder to folder: one layer in memory at a time, whatever the checkpoint's size.
 
 The steps are those in memory; measured moments wait in files. Tensors outside attention pass from file to file as they
-are, only looked at for NaN. The result appears whole or not at all.
+are, and are only checked for NaN. The result appears whole or not at all.
 """
 
 import json
@@ -42,7 +42,7 @@ from .steps import (
     find_moments,
     merge_layer,
     plan_regrouping,
-    say_that_class_changes,
+    warn_that_class_changes,
 )
 
 
@@ -99,7 +99,7 @@ def regroup_folder(
     result = describe_result(checkpoint, plan, plan.example_counts, token_ids)
     if result is None:
         check_importable(checkpoint)
-        say_that_class_changes(checkpoint, plan.layouts, plan.example_counts)
+        warn_that_class_changes(checkpoint, plan.layouts, plan.example_counts)
     with processes.workspace(target_folder) as (aside, scratch):
         if result is None:
             if processes.is_first:
@@ -206,7 +206,7 @@ def regrouped_pieces(
 
 def checked(checkpoint: FolderSource, name: str) -> Piece:
     """A tensor as it is, refused where it holds NaN or infinity."""
-    return unchanged(checkpoint.checkpoint, name, look=lambda part: check_finite(name, part, checkpoint.where))
+    return unchanged(checkpoint.checkpoint, name, check=lambda part: check_finite(name, part, checkpoint.where))
 
 
 def new_entries(
