@@ -11,11 +11,10 @@ import pytest
 pytest.importorskip("gradio", reason="the app needs gradio: make test-app")
 playwright = pytest.importorskip("playwright.sync_api", reason="browsers need playwright: make test-app")
 
-import gradio as gr  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import groupformer  # noqa: E402
-from groupformer.app import FONTS, build  # noqa: E402
+from groupformer.app import build, theme  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
@@ -28,9 +27,7 @@ PATIENCE = 40_000  # milliseconds: two slow cores regroup and measure
 @pytest.fixture(scope="module")
 def address():
     page = build()
-    _, url, _ = page.queue().launch(
-        prevent_thread_lock=True, quiet=True, theme=gr.themes.Default(**FONTS), footer_links=[]
-    )
+    _, url, _ = page.queue().launch(prevent_thread_lock=True, quiet=True, theme=theme(), footer_links=[])
     yield url
     page.close()
 
@@ -189,15 +186,28 @@ def test_a_phone_shows_all_tabs_and_bits_per_byte(browser, address, dark):
     page.close()
 
 
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("tab", TABS)
-def test_a_phone_needs_no_sideways_scrolling(browser, address, tab):
-    page = opened(browser, address, width=390, height=844)
+def test_no_tab_needs_sideways_scrolling(browser, address, tab, width, dark):
+    page = opened(browser, address, width=width, height=844, dark=dark)
     go_to(page, tab)
+    if tab == "Memory":
+        page.locator("#plan-button").click()
+        page.locator("#plan-plot img, #plan-plot canvas").first.wait_for()
+        table = page.locator("#plan table").bounding_box()
+        assert table["x"] >= 0 and table["x"] + table["width"] <= width - 32  # the margin of the page
     page.wait_for_timeout(500)
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    picture(page, f"phone-{tab}", full_page=tab == "Memory")
+    picture(page, f"{tab}-{width}-{'dark' if dark else 'light'}".lower(), full_page=tab == "Memory")
     page.close()
     assert overflow <= 0
+
+
+def test_white_text_on_a_button_is_readable(page):
+    button = page.locator("#regroup-button")
+    colors = [button.evaluate(f"element => getComputedStyle(element).{name}") for name in ("color", "backgroundColor")]
+    assert brightness(colors[0]) > 240 and brightness(colors[1]) < 120
 
 
 def test_dark_mode_is_dark_and_readable(browser, address):

@@ -26,8 +26,7 @@ from .views import attention_html, labels, table_html
 SENTENCE = "I am sitting near a river bank"
 PROMPT = "The cell membrane is"
 NEW_TOKENS = 24  # of each model in the comparison
-PLAN = ["KV heads", "bytes a token", "weights, GB", "cache, GB", "of now", "fit", "tokens/s at most"]
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing is fetched
+PLAN = ["KV heads", "bytes a token", "weights, GB", "cache, GB", "how many fit", "tokens/s at most"]
 
 
 def as_gradio_error(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,11 +97,10 @@ def launch(
     if port is not None:
         check_port(host, port)
     page = build(Session.load(source, device))
-    theme = gr.themes.Default(**FONTS)
     _, address, _ = page.queue().launch(
         server_name=host,
         server_port=port,
-        theme=theme,
+        theme=theme(),
         footer_links=[],
         quiet=True,
         prevent_thread_lock=True,
@@ -110,6 +108,19 @@ def launch(
     )
     on_start(address)
     page.block_thread()
+
+
+def theme() -> gr.themes.Default:
+    """Fonts of the reader's own system, so that nothing is fetched, and colours that white text can be read on."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    buttons = {"fill": "*primary_600", "fill_hover": "*primary_700"}
+    return gr.themes.Default(primary_hue="indigo", **fonts).set(
+        **{
+            f"button_primary_background_{name}{mode}": color
+            for name, color in buttons.items()
+            for mode in ("", "_dark")
+        }
+    )
 
 
 def check_port(host: str, port: int) -> None:
@@ -256,7 +267,6 @@ def memory_tab(session: Session) -> None:
                 f"{each.bytes_per_token:,.0f}",
                 f"{each.weights / 1e9:,.2f}",
                 f"{each.cache / 1e9:,.3f}",
-                f"{each.share:.0%}",
                 f"{each.sequences:,}",
                 "" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
             ]

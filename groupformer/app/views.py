@@ -25,6 +25,7 @@ STYLE = """
 TABLE_STYLE = """
 <style>
 .gf-table.gf-table { width: 100%; border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+.gf-table, .gf-table tr { border: 0 !important; }
 .gf-table.gf-table :is(th, td) { padding: 0.3rem 0.4rem; border: 0; text-align: right; }
 .gf-table.gf-table :is(th, td) { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
 .gf-table.gf-table th { font-weight: 600; vertical-align: bottom; }
