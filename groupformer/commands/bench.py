@@ -33,7 +33,7 @@ def bench_command(
     seed: Annotated[int, typer.Option(help="Seed of the random prompt.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and decoding of one or more checkpoints in turn, and weigh their caches.
+    """Time prefill and decoding of one or more checkpoints in turn, and measure their caches.
 
     Example: groupformer bench big small --context 2048
     """

@@ -46,8 +46,10 @@ def finetune(
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")
     ] = None,
-    validation_file: Annotated[list[str] | None, typer.Option(help="Likewise. Default: a tenth of train.")] = None,
-    test_file: Annotated[list[str] | None, typer.Option(help="Likewise, scored once at the end.")] = None,
+    validation_file: Annotated[
+        list[str] | None, typer.Option(help="Held-out rows. Default: a tenth of --train-file.")
+    ] = None,
+    test_file: Annotated[list[str] | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Instead of files, a dataset on the Hub.")] = None,
     model: Annotated[
         str | None,

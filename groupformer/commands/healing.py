@@ -46,7 +46,7 @@ def heal_command(
     joint_epochs: Annotated[
         int, typer.Option(min=0, help="Passes of all layers together; 0: none, memory stays near one layer.")
     ] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of the layers, as a share of each weight's size.")] = 0.03,
+    learning_rate: Annotated[float, typer.Option(help="Of single layers, as a share of each weight's size.")] = 0.03,
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one step, of all processes together.")] = 2,
     text_column: TextColumn = "text",

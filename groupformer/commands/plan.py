@@ -25,9 +25,11 @@ def plan_command(
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of the GPU, in GB (1e9 bytes).")] = 24.0,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="Bandwidth of that memory, in GB/s.")] = 1000.0,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, int8, int4.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: float32, bfloat16, float16, int8, int4.")
+    ] = "bfloat16",
     cache_dtype: Annotated[
-        str | None, typer.Option(help="Of the cache. Default: as the weights, at least 16 bits.")
+        str | None, typer.Option(help="Dtype of the cache. Default: as the weights, at least 16 bits.")
     ] = None,
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens whose cache the engine allots at once (vLLM: 16 on GPUs, 128 on CPUs).")

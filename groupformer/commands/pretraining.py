@@ -38,7 +38,7 @@ def pretrain(
     train_file: Annotated[
         list[str] | None, typer.Option(help="Parquet, JSON, CSV or text files; patterns allowed; repeatable.")
     ] = None,
-    validation_file: Annotated[list[str] | None, typer.Option(help="Likewise, to evaluate on.")] = None,
+    validation_file: Annotated[list[str] | None, typer.Option(help="Held-out text to evaluate on.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Instead of files, a dataset on the Hub.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read and tokenize while training.")] = False,

@@ -17,7 +17,7 @@ def push_command(
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch. Default: main.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
 ) -> None:
     """Push a checkpoint to the Hub, with the code that loads it and a card; log in first with `hf auth login`.
 
