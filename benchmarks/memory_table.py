@@ -60,9 +60,9 @@ COSTS_HEAD = f"""
 ## What regrouping needs
 On paper, with {HEALED_TOKENS:,} tokens of text in rows of 512 and the default recipe: the most memory of each step
 beside torch itself (about half a gigabyte), and the floating point operations of the steps that take long. 1 PFLOP, or
-10^15 of them, is four seconds of a GPU that does 250 TFLOP a second, and five and a half hours of a CPU core at the 50
-GFLOP that healing SmolLM2-135M reached. The arithmetic is in `groupformer/regrouping/costs.py`; `tests/test_costs.py`
-runs each step but the last one and finds its memory within 30 %.
+10^15 of them, is four seconds of a GPU that does 250 TFLOP a second, and under three hours of a CPU core at the 100
+GFLOP a second that healing SmolLM2-135M reached (by AMX). `groupformer/regrouping/costs.py` has the arithmetic;
+`tests/test_costs.py` runs each step but the last one and finds its memory within 30 %.
 
 | model | weights | merged by the norms | merged by text | healed layer by layer | healed together | uptrained |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -107,7 +107,8 @@ def cost_row(name: str) -> str:
     sizes = Sizes.of(config_of(CONFIGS[name], name in TIED))
     cells = [name, f"{2 * sizes.model / 1e9:.2f} GB"]
     for step in regrouping_steps(sizes, HEALED_TOKENS).values():
-        operations = f", {step.operations / 1e15:,.2g} PFLOP" if step.operations else ""
+        count = step.operations / 1e15
+        operations = f", {count:,.{2 if count < 1 else 1 if count < 10 else 0}f} PFLOP" if count else ""
         cells.append(f"{step.memory / 1e9:,.1f} GB{operations}")
     return "| " + " | ".join(cells) + " |\n"
 

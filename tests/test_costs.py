@@ -12,11 +12,11 @@ from groupformer.regrouping.costs import Sizes, regrouping_steps
 from groupformer.regrouping.heal_recipe import HealRecipe
 
 
-SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=50)
+SMALL = dict(hidden_size=32, num_hidden_layers=12, num_attention_heads=4, vocab_size=50)
 CONFIGS = {
     "llama": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64},
     "mixtral": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 2},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50},
+    "gpt2": {"n_embd": 32, "n_layer": 12, "n_head": 4, "vocab_size": 50},
     "groupformer": {**SMALL, "intermediate_size": 64, "per_layer_config": {1: {"num_key_value_heads": 1}}},
 }
 

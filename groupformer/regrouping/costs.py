@@ -8,6 +8,7 @@ grow with the row; decompositions.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .heal_recipe import HealRecipe
@@ -37,22 +38,22 @@ class Sizes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text = config.get_text_config(decoder=True)
-        layers = [layer for name, layer in model.named_modules() if name.endswith(tuple(f".{i}" for i in range(10)))]
-        layers = [layer for layer in layers if any("Attention" in type(m).__name__ for m in layer.modules())]
-        in_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-        attention = [
-            sum(p.numel() for m in layer.children() if "Attention" in type(m).__name__ for p in m.parameters())
-            for layer in layers
-        ]
+        paths = [name for name, module in model.named_modules() if "Attention" in type(module).__name__]
+        attention = [count_parameters(model.get_submodule(path)) for path in paths]
+        layers = [count_parameters(model.get_submodule(path.rpartition(".")[0])) for path in paths]
         return cls(
             text.hidden_size,
             text.vocab_size,
-            sum(p.numel() for p in model.parameters()),
-            sum(in_layers),
-            max(in_layers),
+            count_parameters(model),
+            sum(layers),
+            max(layers),
             max(attention),
             sum(attention),
         )
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
