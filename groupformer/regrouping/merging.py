@@ -33,21 +33,17 @@ class Features:
         gram: (b, n, d, n, d), W_a S W_bᴴ.
         metric: (b, n, d, d), B_a.
         roots, inverse_roots: (b, n, d, d), L_a = B_a^½ and its pseudo-inverse.
-        weighted: (b, n, d, n, d), L_a W_a S W_bᴴ L_b.
     """
 
     gram: torch.Tensor
     metric: torch.Tensor
     roots: torch.Tensor
     inverse_roots: torch.Tensor
-    weighted: torch.Tensor
 
     @classmethod
     def of_gram(cls, gram: torch.Tensor, metric: torch.Tensor) -> "Features":
         """Of all heads of a layer: roots are taken once, and groups take their parts."""
-        roots, inverse_roots = square_roots(metric.to(gram.dtype))
-        weighted = torch.einsum("baij,bajck,bckl->baicl", roots, gram, roots)
-        return cls(gram, metric, roots, inverse_roots, weighted)
+        return cls(gram, metric, *square_roots(metric.to(gram.dtype)))
 
     @classmethod
     def of_rows(cls, rows: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor) -> "Features":
@@ -59,8 +55,13 @@ class Features:
 
     def take(self, heads: list[int]) -> "Features":
         """Those of some of the heads."""
-        gram, weighted = (between[:, heads][:, :, :, heads] for between in (self.gram, self.weighted))
-        return Features(gram, self.metric[:, heads], self.roots[:, heads], self.inverse_roots[:, heads], weighted)
+        gram = self.gram[:, heads][:, :, :, heads]
+        return Features(gram, self.metric[:, heads], self.roots[:, heads], self.inverse_roots[:, heads])
+
+    @property
+    def weighted_gram(self) -> torch.Tensor:
+        """L_a W_a S W_bᴴ L_b, as matrices (b, n * d, n * d)."""
+        return flat(torch.einsum("baij,bajck,bckl->baicl", self.roots, self.gram, self.roots))
 
     @property
     def energy(self) -> torch.Tensor:
@@ -166,7 +167,7 @@ def svd(features: Features) -> Merge:
     complex rows, weighted by their queries' energies. W is scaled to the mean energy of the heads that it replaces.
     """
     heads, size = features.gram.shape[1:3]
-    _, vectors = torch.linalg.eigh(flat(features.weighted))
+    _, vectors = torch.linalg.eigh(features.weighted_gram)
     leading = vectors[..., -size:].flip(-1).unflatten(1, (heads, size))  # (b, n, d, d), P_a
     mix, coefficients = leading.mH @ features.roots, features.inverse_roots @ leading
     own = torch.einsum("baii->b", torch.diagonal(features.gram, dim1=1, dim2=3).movedim(-1, 1)).real / heads
@@ -179,7 +180,7 @@ def svd(features: Features) -> Merge:
 def svd_loss(features: Features) -> torch.Tensor:
     """What the readers of each block lose by `svd`, all eigenvalues but the d leading ones: (b,)."""
     size = features.gram.shape[2]
-    return torch.linalg.eigvalsh(flat(features.weighted))[..., :-size].clamp(min=0).sum(dim=-1)
+    return torch.linalg.eigvalsh(features.weighted_gram)[..., :-size].clamp(min=0).sum(dim=-1)
 
 
 def square_roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
