@@ -122,6 +122,12 @@ def test_all_layers_together_come_closer_than_each_alone_and_change_their_attent
     check_attention_alone_changed(model, state)
 
 
+@pytest.mark.parametrize(("tokens", "passes"), [(100, 4), (4000, 4), (8000, 2), (16000, 1), (99999, 1)])
+def test_a_layer_reads_so_many_tokens_in_all_passes(tokens, passes):
+    assert HealRecipe(epochs=4, layer_tokens=16000).passes(tokens) == passes
+    assert HealRecipe(epochs=0, layer_tokens=16000).passes(tokens) == 0
+
+
 def test_steps_that_raise_the_divergence_are_taken_back():
     _, original = pair("llama")
     model = copy.deepcopy(original)
@@ -420,7 +426,7 @@ def test_regroup_merges_and_heals_in_one_command(folders, tmp_path):
     assert f"groupformer uptrain {tmp_path / 'out'} --teacher {folders / 'original'} --data TEXT" in done.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
-    assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 1, "joint_epochs": 1}
+    assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 4, "joint_epochs": 1}
     assert "healed on 1,024 tokens" in (tmp_path / "out" / "README.md").read_text()
     assert not list(tmp_path.glob(".*"))
     assert CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "merged")).exit_code == 0

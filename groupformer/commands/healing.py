@@ -41,8 +41,9 @@ def heal_command(
     text: Annotated[list[str], typer.Option(help="Text to learn from: files, patterns; repeatable.")],
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to read.")] = HEAL_TOKENS,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Passes of each layer over the first 131,072 of them; 0: closed form alone.")
-    ] = 1,
+        int,
+        typer.Option(min=0, help="Passes of each layer, 131,072 tokens in all at most; 0: closed form alone."),
+    ] = 4,
     joint_epochs: Annotated[
         int, typer.Option(min=0, help="Passes of all layers together; 0: none, memory stays near one layer.")
     ] = 1,

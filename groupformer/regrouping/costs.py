@@ -85,7 +85,7 @@ def regrouping_steps(
         ),
         "healed, each layer alone": Step(
             (2 * sizes.largest_layer + HEALED_COPIES * sizes.attention) * FLOAT32 + HEALED_STATES * alone * state,
-            (4 * sizes.layers + (4 + 6 * recipe.epochs) * sizes.all_attention) * alone,
+            (4 * sizes.layers + (4 + 6 * recipe.passes(alone)) * sizes.all_attention) * alone,
         ),
         # The student in float32 beside both models in 16 bits; of the attention gradients, AdamW's moments, a copy.
         "healed, all together": Step(

@@ -15,7 +15,7 @@ decoder of transformers can be healed whose layers have an attention module.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,7 @@ def heal_layers(
     """
     check_pair(student, teacher)
     rows = max(2, recipe.layer_tokens // token_ids.shape[1])
+    recipe = replace(recipe, epochs=recipe.passes(token_ids[:rows].numel()))
     batches = processes.rows_of_batches(split_batches(token_ids[:rows], student.config, recipe))
     layouts = find_attention(student.model_class, student.config)
     own, other = (DecoderLayers(source, layouts, device) for source in (student, teacher))

@@ -16,7 +16,8 @@ class HealRecipe:
 
     Args:
         epochs: Passes of each layer over its rows, at most; 0 is the closed form alone.
-        layer_tokens: Of the text, so many tokens are for the layers alone; the joint phase reads all.
+        layer_tokens: So many tokens a layer alone reads at most, in all passes: of a longer text its first ones, once.
+            The joint phase reads all.
         learning_rate: Highest of the cosine, as a share of the root mean square of each weight.
         joint_epochs: Passes of all layers together; 0 leaves this phase out, whose models are whole in memory.
         joint_learning_rate: Its learning rate, likewise.
@@ -28,7 +29,7 @@ class HealRecipe:
         seed: Of the order of the batches.
     """
 
-    epochs: int = 1
+    epochs: int = 4
     layer_tokens: int = 131_072
     learning_rate: float = 0.03
     joint_epochs: int = 1
@@ -50,6 +51,10 @@ class HealRecipe:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0, and finite")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out ({self.held_out}) must be above 0 and below 1, a share of the batches")
+
+    def passes(self, tokens: int) -> int:
+        """How many passes a layer makes over so many tokens. Few tokens, read often, are learned by heart."""
+        return min(self.epochs, max(1, self.layer_tokens // tokens))
 
     def held_out_of(self, batches: int) -> int:
         """How many of so many batches are held out."""
