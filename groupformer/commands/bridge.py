@@ -17,6 +17,7 @@ from .shared import (
     describe_cache,
     describe_heads,
     print_outcome,
+    quoted,
     size_on_disk,
 )
 
@@ -56,7 +57,10 @@ def import_command(
     print_outcome(
         f"{target}: {conversion.model_class.__name__} from {config.family}, {describe_heads(config)}",
         facts,
-        [f"groupformer plan {target}", f"groupformer regroup {target} small --kv-heads N --calibration TEXT"],
+        [
+            f"groupformer plan {quoted(target)}",
+            f"groupformer regroup {quoted(target)} small --kv-heads N --calibration TEXT",
+        ],
     )
     if not has_tokenizer(target):
         typer.echo(

@@ -22,6 +22,7 @@ from .shared import (
     check_source,
     print_json,
     print_outcome,
+    quoted,
     resumable,
     size_on_disk,
     stdout_for_results,
@@ -124,7 +125,9 @@ def finetune(
     print_table(f"Fine-tuning, {task.value}", ["figure", "value"], [list(item) for item in results.items()])
     made = "the adapter alone" if lora and not merge else "the whole model"
     next_line = (
-        f'groupformer generate {output} "The river"' if task is Task.causal_lm else f"groupformer info {output}"
+        f'groupformer generate {quoted(output)} "The river"'
+        if task is Task.causal_lm
+        else f"groupformer info {quoted(output)}"
     )
     print_outcome(f"{output}: {made}", {"size": size_on_disk(output), "took": cost}, [next_line])
 

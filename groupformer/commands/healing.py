@@ -23,6 +23,7 @@ from .shared import (
     phases_bar,
     print_json,
     print_outcome,
+    quoted,
     resumable_healing,
     tokenizer_option,
 )
@@ -105,6 +106,6 @@ def heal_command(
     rows = [[layer.layer_idx, layer.merged, layer.solved, layer.healed] for layer in report.layers]
     print_table("Relative error of what attention adds", ["layer", "merged", "closed form", "healed"], rows)
     option = tokenizer_option(tokenizer)
-    lines = [f"groupformer eval {target} --file TEXT{option}"]
-    lines.append(f"groupformer uptrain {target} --teacher {original} --data TEXT --tokens N{option}")
+    lines = [f"groupformer eval {quoted(target)} --file TEXT{option}"]
+    lines.append(f"groupformer uptrain {quoted(target)} --teacher {quoted(original)} --data TEXT --tokens N{option}")
     print_outcome(f"{target}: healed", {**healed_facts(report), "took": cost}, lines)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import LOOK, AsJson, checkpoint, plural, print_json
+from .shared import LOOK, AsJson, checkpoint, plural, print_json, quoted
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -50,6 +50,7 @@ def plan_command(
     from ..conversion.decilm.configuration_decilm import DeciLMConfig
     from ..conversion.formats import classes_for
     from ..conversion.sources import require
+    from ..families.registry import is_groupformer
     from ..measuring import planning
     from .tables import print_table
 
@@ -86,8 +87,10 @@ def plan_command(
     by_formats: dict[str, list[str]] = {}
     for count, formats in held_by.items():
         by_formats.setdefault(str(formats), []).append(str(count))
+    typer.echo("Classes and files that can hold it:")
     for holder, counts in by_formats.items():
         typer.echo(f"{', '.join(counts)} KV head{'' if counts == ['1'] else 's'}: {holder}")
+    is_ours = is_groupformer(model)  # its regrouped model is one too; the classes above are those to export to
     fitting = planning.recommend(plans, batch)
     if fitting is None:
         typer.echo(
@@ -102,9 +105,9 @@ def plan_command(
     else:
         typer.echo(
             f"Recommended: {plural(int(fitting.kv_heads), 'KV head')}, the most with which {batch} x {context:,} "
-            f"tokens fit; the result is a {held_by[fitting.kv_heads].result}"
+            f"tokens fit; regroup gives {'GroupFormerForCausalLM' if is_ours else held_by[fitting.kv_heads].result}"
         )
     if wanted is not None:
         # What was exported to DeciLM is not regrouped again, but what it was made from.
         name = "ORIGINAL" if model.model_type == DeciLMConfig.model_type else source or "SRC"
-        typer.echo(f"next: groupformer regroup {name} small --kv-heads {wanted.kv_heads} --calibration TEXT")
+        typer.echo(f"next: groupformer regroup {quoted(name)} small --kv-heads {wanted.kv_heads} --calibration TEXT")

@@ -22,6 +22,7 @@ from .shared import (
     plural,
     print_json,
     print_outcome,
+    quoted,
     resumable,
     size_on_disk,
     stdout_for_results,
@@ -99,5 +100,5 @@ def pretrain(
     print_outcome(
         f"{output}: {(config.architectures or [type(config).__name__])[0]}, {describe_heads(config)}",
         facts,
-        [f'groupformer generate {output} "The river"', f"groupformer eval {output} --file TEXT"],
+        [f'groupformer generate {quoted(output)} "The river"', f"groupformer eval {quoted(output)} --file TEXT"],
     )

@@ -33,6 +33,7 @@ from .shared import (
     phases_bar,
     print_json,
     print_outcome,
+    quoted,
     resumable,
     resumable_healing,
     size_on_disk,
@@ -204,11 +205,11 @@ def print_made(
     name = config.architectures[0] if config.architectures else type(config).__name__
     facts = {"cache": describe_cache(config, before), "size": size_on_disk(target), **(more or {}), "took": cost}
     entry, option = config.regrouping[-1], tokenizer_option(tokenizer)
-    lines = [f"groupformer eval {target} --file TEXT{option}"]
+    lines = [f"groupformer eval {quoted(target)} --file TEXT{option}"]
     if entry["method"] != "expand":
         if not entry.get("healing"):
-            lines.append(f"groupformer heal {target} {source} DST --text TEXT{option}")
-        lines.append(f"groupformer uptrain {target} --teacher {source} --data TEXT --tokens N{option}")
+            lines.append(f"groupformer heal {quoted(target)} {quoted(source)} DST --text TEXT{option}")
+        lines.append(f"groupformer uptrain {quoted(target)} --teacher {quoted(source)} --data TEXT --tokens N{option}")
     print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
 
 
@@ -360,5 +361,8 @@ def uptrain(
     print_outcome(
         f"{output}: {(config.architectures or [type(config).__name__])[0]}, {describe_heads(config)}",
         facts,
-        [f"groupformer eval {output} --file TEXT", f"groupformer bench {teacher or source} {output}"],
+        [
+            f"groupformer eval {quoted(output)} --file TEXT",
+            f"groupformer bench {quoted(teacher or source)} {quoted(output)}",
+        ],
     )

@@ -207,9 +207,14 @@ def print_outcome(made: str, facts: Mapping[str, Any], next_lines: Sequence[str]
         typer.echo(f"{'next:' if index == 0 else '':<{width + 2}}  {line}")
 
 
+def quoted(path: Any) -> str:
+    """A path in a line to type next, as a shell reads it."""
+    return shlex.quote(str(path))
+
+
 def tokenizer_option(tokenizer: str | None) -> str:
     """The end of a line to type next, where the user named a tokenizer: the result's folder may have none."""
-    return "" if tokenizer is None else f" --tokenizer {shlex.quote(tokenizer)}"
+    return "" if tokenizer is None else f" --tokenizer {quoted(tokenizer)}"
 
 
 def print_json(results: Any) -> None:
