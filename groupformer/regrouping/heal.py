@@ -155,8 +155,8 @@ def heal_layers(
     """
     check_pair(student, teacher)
     rows = max(2, recipe.layer_tokens // token_ids.shape[1])
-    recipe = replace(recipe, epochs=recipe.passes(token_ids[:rows].numel()))
     batches = processes.rows_of_batches(split_batches(token_ids[:rows], student.config, recipe))
+    recipe = replace(recipe, epochs=recipe.passes(token_ids[:rows].numel()))
     layouts = find_attention(student.model_class, student.config)
     own, other = (DecoderLayers(source, layouts, device) for source in (student, teacher))
     with autocast(torch.device(device), recipe.bf16):
