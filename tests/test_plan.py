@@ -250,6 +250,11 @@ HOLDERS = {
 }
 
 
+def test_of_the_classes_that_can_hold_a_model_without_a_family_llama_comes_first():
+    config = GroupFormerConfig(norm_bias=False)
+    assert str(classes_for(config)).startswith("LlamaForCausalLM")
+
+
 @pytest.mark.parametrize("case", HOLDERS)
 def test_formats_of_other_engines_are_told_where_layers_differ(case):
     fields, counts, expected = HOLDERS[case]

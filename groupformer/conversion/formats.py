@@ -55,7 +55,8 @@ def classes_for(config: PreTrainedConfig, counts: int | Sequence[int] | None = N
         counts = [counts] * ours.num_hidden_layers if isinstance(counts, int) else list(counts)
         ours = regrouped_config(ours, counts)
     families = families_for(ours, [ours.family]) if ours.family else []
-    families = families or families_for(ours)  # slower, and only asked for where its own family cannot hold it
+    if not families:  # slower, and only asked for where its own family cannot hold it; first Llama, which engines know
+        families = sorted(families_for(ours), key=lambda name: name != "llama")
     native = [native_class(FAMILIES[name], "ForCausalLM").__name__ for name in families]
     return Formats(tuple(native), tuple(files_for(ours, families)))
 
