@@ -20,7 +20,13 @@ from version_tests import ROOT, oldest, requirements
 EXTRAS = ("training", "serving")  # beside `dev`, which the tests need
 WITHOUT_SOURCE = ("tests", "hub_card", "recipes", "benchmarks", "scripts", "docs", "pyproject.toml", "README.md")
 # What reads the repository itself, and not the package.
-OF_THE_REPOSITORY = ("test_docs.py", "test_readme.py", "test_benchmarks.py", "test_families_docs.py")
+OF_THE_REPOSITORY = (
+    "test_docs.py",
+    "test_readme.py",
+    "test_benchmarks.py",
+    "test_families_docs.py",
+    "test_packaging.py",
+)
 WHERE = "import groupformer, pathlib; print(pathlib.Path(groupformer.__file__).parent)"
 
 
