@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says; a wrong line names the help that tells the right one."""
+    """The message of an error; for a wrong command line with the help to ask for."""
     if hasattr(error, "format_message"):  # Click's, which is a part of newer Typers and a package beside older ones
         message = error.format_message().rstrip(".")
         context = getattr(error, "ctx", None)

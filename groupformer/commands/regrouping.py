@@ -157,7 +157,7 @@ def regroup_command(
 
 
 def healed_facts(report: Any) -> dict[str, str]:
-    """Figures of a healing; tells what could not be healed."""
+    """Figures of a healing; prints what could not be healed."""
     if report.failed:
         typer.echo(f"no better, so taken back (loss not finite, or not lower): {', '.join(report.failed)}", err=True)
     if report.joint is None or not report.joint.is_healed:

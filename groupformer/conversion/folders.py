@@ -293,7 +293,7 @@ def write_our_code(conversion: Conversion, folder: Path) -> None:
 
 
 def write_tokenizer_code(folder: Path) -> None:
-    """The code of our tokenizer, where the folder's tokenizer_config.json tells `trust_remote_code` to look for it."""
+    """The code of our tokenizer, where the folder's tokenizer_config.json names it for `trust_remote_code`."""
     path = folder / "tokenizer_config.json"
     named = (read_json(path).get("auto_map") or {}).get("AutoTokenizer") if path.exists() else None
     code = Path(tokenization_groupformer.__file__)

@@ -179,7 +179,7 @@ def check_weights_are_finite(model: PreTrainedModel, source: str | Path) -> None
 
 
 def file_of(source: str | Path, name: str) -> str:
-    """The file that holds a tensor, as far as the checkpoint tells; else the checkpoint itself."""
+    """The file that holds a tensor by the checkpoint's index; without one, the checkpoint itself."""
     folder = Path(source)
     if not any((folder / index).exists() for index in ("model.safetensors", "model.safetensors.index.json")):
         return str(source)

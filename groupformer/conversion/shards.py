@@ -1,7 +1,7 @@
 """Writes safetensors files tensor by tensor: import, export and regroup all write their checkpoints here.
 
 What is to be written comes as pieces, in the model's order. A piece knows the names, dtypes and shapes of its tensors
-before any data is read, and gives their data when its turn comes, so that one piece is in memory at a time.
+before any data is read, and reads their data when it is written, so that one piece is in memory at a time.
 """
 
 import json
@@ -31,7 +31,7 @@ class Piece:
 
     Args:
         entries: Their names in the new file, with dtypes and shapes.
-        tensors: Gives them, in the order of `entries`; called once, when their turn comes.
+        tensors: Returns them, in the order of `entries`; called once, when they are written.
         copy: Instead of `tensors`, writes the data of a single entry to a file as they are.
     """
 

@@ -107,7 +107,7 @@ def check_tokenizer_source(source: str | None) -> str | None:
 def locate(source: str | Path) -> tuple[str, dict[str, Any]]:
     """A source in the words of transformers' `from_pretrained`: where it is, and `gguf_file` where it is one.
 
-    A Hub id is asked for once, so that a repository that is not there, or a network that is not, is told at once.
+    A Hub id is requested once, so that a missing repository or network is an error before any work.
 
     Raises:
         ValueError: see `check_source` and `check_on_hub`; or a GGUF file without the package that reads it.

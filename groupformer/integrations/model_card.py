@@ -40,7 +40,7 @@ def regrouping_lines(config: Any) -> list[str]:
         if entry.get("healing"):
             facts.append(f"healed on {entry['healing']['tokens']:,} tokens")
         line = ", ".join(facts)
-        if "from" in entry:  # an entry without counts tells of healing alone
+        if "from" in entry:  # an entry without counts records healing alone
             ends = (entry["from"], entry["to"])
             counts = " -> ".join(str(end) if isinstance(end, int) else "by layer" for end in ends)
             line = f"{counts} KV heads: {line}; GroupFormer {entry['version']}"

@@ -71,7 +71,7 @@ def regroup(
     Returns:
         A new model of the same dtype, device and mode, which shares no storage with the old one: of the same class
         where that class can express the counts, a GroupFormer otherwise (a warning says so before any work). Layers
-        that keep their count are the same bit for bit. `config.regrouping` tells what was done.
+        that keep their count are the same bit for bit. `config.regrouping` records what was done.
 
     Raises:
         ValueError: attention that is not understood, a count that does not divide, an unknown method or grouping,

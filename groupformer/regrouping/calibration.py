@@ -1,4 +1,4 @@
-"""Moments of each layer's attention inputs: told by the norms, or measured layer by layer on token ids.
+"""Moments of each layer's attention inputs: derived from the norms, or measured layer by layer on token ids.
 
 Measuring holds one layer in memory at a time: the embeddings of all rows are computed first; then each layer gets its
 weights, takes all rows, and loses the weights again. Masks and positions are the same for every row, and are taken
@@ -23,7 +23,7 @@ class FirstLayerReached(Exception):  # noqa: N818
 
 
 def moment_of_norm(source: Source, model: PreTrainedModel, layout: AttentionLayout) -> Moment:
-    """The moment of a layer's inputs as the norm before it tells it.
+    """The moment of a layer's inputs, derived from the norm before it.
 
     Args:
         model: Of the source, from `build_on_meta`.

@@ -31,7 +31,7 @@ def expand(model: Model, num_key_value_heads: int) -> Model | Any:
             the query heads, query heads whose output is zero are added, as few as will do.
 
     Returns:
-        A new model of the same class, dtype, device and mode. `config.regrouping` tells what was done.
+        A new model of the same class, dtype, device and mode. `config.regrouping` records what was done.
 
     Raises:
         ValueError: fewer heads than now, or a count that this class cannot hold or that is not exact; the message

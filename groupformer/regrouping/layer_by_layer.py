@@ -1,4 +1,4 @@
-"""A decoder run layer by layer: each gets its weights when its turn comes, and what its attention gives is seen."""
+"""Run a decoder layer by layer: load one layer, run all rows through it, record its attention's outputs, unload it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -151,7 +151,7 @@ class Layer:
 
 
 class DecoderLayers:
-    """A model's decoder layers, which get their weights when their turn comes, and lose them after it."""
+    """A model's decoder layers, of which one at a time has its weights in memory."""
 
     def __init__(self, source: Source, layouts: Sequence[AttentionLayout], device: str):
         self.source, self.layouts, self.device = source, layouts, device

@@ -71,7 +71,7 @@ class Features:
 
 
 def flat(between: torch.Tensor) -> torch.Tensor:
-    """What stands between heads, (b, n, d, n, d), as matrices (b, n * d, n * d)."""
+    """A tensor with a block for each pair of heads, (b, n, d, n, d), as matrices (b, n * d, n * d)."""
     return between.flatten(3, 4).flatten(1, 2)
 
 

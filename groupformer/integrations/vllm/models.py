@@ -1,4 +1,4 @@
-"""What vLLM runs for GroupFormer: its own transformers backend, told what that backend does not look for.
+"""What vLLM runs for GroupFormer: its own transformers backend, with what that backend does not look for.
 
 The backend builds our model, puts its paged attention into our attention interface and its parallel layers in place of
 ours. It reads the logits' scale under another name, though, pools at the first token, and has no head over tokens.
