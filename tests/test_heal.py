@@ -406,8 +406,15 @@ def test_the_command_heals_and_says_what_it_gave(folders, tmp_path):
     assert "healing needs at least 2 rows of 2 tokens; give more text, or shorter rows" in str(outcome.exception)
 
 
-def test_models_that_do_not_fit_into_memory_together_are_refused_before_any_work(folders, tmp_path, monkeypatch):
+def test_tokens_whose_states_do_not_fit_into_memory_are_refused_before_any_work(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 100}.__getitem__)
+    with pytest.raises(ValueError, match="on 256 tokens needs about 0.0 GB for hidden states, .* pass --tokens 86 or"):
+        heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, RECIPE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_do_not_fit_into_memory_together_are_refused_before_any_work(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 200}.__getitem__)
     with pytest.raises(ValueError, match="this machine has 0.0; pass --joint-epochs 0 to `groupformer heal`"):
         heal_folder(folders / "merged", folders / "original", tmp_path / "out", IDS, JOINT)
     assert not list(tmp_path.iterdir())

@@ -35,6 +35,7 @@ from ..conversion.shards import Progress as ShardProgress
 from ..conversion.shards import ignore_progress as ignore_shard_progress
 from ..families.registry import is_groupformer
 from ..integrations.model_card import regrouped_card
+from .costs import FLOAT32, HEALED_STATES
 from .heal import (
     HealReport,
     LayerReport,
@@ -101,8 +102,9 @@ def heal_folder(
     own, teacher = FolderSource(folder), FolderSource(original_folder)
     ids = token_ids(folder, own.config) if callable(token_ids) else token_ids
     batches = processes.rows_of_batches(split_batches(ids, own.config, recipe))
+    check_states_fit(own, ids.numel(), recipe)
     if recipe.joint_epochs and device == "cpu":
-        check_fits_in_memory(own, teacher)
+        check_models_fit(own, teacher)
     work = work_folder(target_folder)
     is_imported = is_groupformer(own.config) and not is_groupformer(teacher.config)
     if not is_imported:
@@ -177,8 +179,9 @@ def regroup_and_heal_folder(
     recipe, checkpoint = recipe or HealRecipe(), FolderSource(folder)
     ids = token_ids(folder, checkpoint.config) if callable(token_ids) else token_ids
     split_batches(ids, checkpoint.config, recipe)
+    check_states_fit(checkpoint, ids.numel(), recipe)
     if recipe.joint_epochs and device == "cpu":
-        check_fits_in_memory(checkpoint, checkpoint)
+        check_models_fit(checkpoint, checkpoint)
     shared: dict[str, Any] = dict(device=device, max_shard_bytes=max_shard_bytes)
     request = {"num_key_value_heads": str(num_key_value_heads), **{name: str(each) for name, each in options.items()}}
     if resume and merged.exists():
@@ -212,7 +215,23 @@ def merged_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.merged")
 
 
-def check_fits_in_memory(student: FolderSource, teacher: FolderSource) -> None:
+def check_states_fit(student: FolderSource, tokens: int, recipe: HealRecipe) -> None:
+    """Refuses more tokens than the machine can hold the hidden states of, while a layer is healed.
+
+    Raises:
+        ValueError: with the sizes and the remedy.
+    """
+    per_token = HEALED_STATES * student.config.get_text_config().hidden_size * FLOAT32
+    tokens, present = min(tokens, recipe.layer_tokens), memory_of_machine()
+    if present is not None and tokens * per_token > present:
+        raise ValueError(
+            f"healing a layer on {tokens} tokens needs about {tokens * per_token / 1e9:.1f} GB for hidden states, and "
+            f"this machine has {present / 1e9:.1f}; pass --tokens {present // (2 * per_token)} or fewer to "
+            "`groupformer heal`, or as --heal-tokens to `groupformer regroup`"
+        )
+
+
+def check_models_fit(student: FolderSource, teacher: FolderSource) -> None:
     """Refuses a joint phase for which the machine has not the memory.
 
     The student is in float32 and the teacher as it is stored, where what trains the attention takes as much again.
