@@ -49,9 +49,9 @@ def load_files(files: Iterable[str | Path], streaming: bool = False) -> Any:
         dataset = load_dataset(
             BUILDERS[kind], data_files=[str(path) for path in paths], split="train", streaming=streaming, **options
         )
-    except DatasetGenerationError as error:  # its cause says what is wrong, it itself does not
+    except (DatasetGenerationError, ValueError) as error:  # the cause of the first one says what is wrong
         names = ", ".join(map(str, paths))
-        raise ValueError(f"files ({names}) cannot be read: {error.__cause__}; check their format") from error
+        raise ValueError(f"files ({names}) cannot be read: {error.__cause__ or error}; check their format") from error
     if not streaming and len(dataset) == 0:
         raise ValueError(f"files ({', '.join(map(str, paths))}) have no rows; give files with at least one")
     return dataset
