@@ -305,9 +305,9 @@ class GroupFormerConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         values = vars(self)
-        has_changed = name not in values or values[name] != value
-        super().__setattr__(name, value)
         known = values.get("_derived")
+        has_changed = known and (name not in values or values[name] != value)
+        super().__setattr__(name, value)
         # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
         is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
         # Transformers makes a layer's config: a copy without `per_layer_config`, in which nothing is derived either.
@@ -329,9 +329,8 @@ class GroupFormerConfig(PreTrainedConfig):
             derived = derive_fields({**vars(self), "per_layer_config": given["per_layer_config"]})
             if given["label2id"] == derived["label2id"]:  # transformers sets both where it is given `num_labels`
                 given = {**given, "label2id": None}
-            for name, value in derived.items():
-                setattr(self, name, value if given[name] is None else copy.deepcopy(given[name]))
-            self.use_cache = given["use_cache"] and self.is_causal
+            given_values = {name: copy.deepcopy(given[name]) for name in derived if given[name] is not None}
+            vars(self).update(derived | given_values, use_cache=given["use_cache"] and self.is_causal)
             if self.position_embedding_type == "rope":
                 self.convert_rope_params_to_dict()
             self.per_layer_config = given["per_layer_config"]
