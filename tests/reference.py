@@ -88,6 +88,10 @@ def layer(weights, config, layer_idx, hidden, positions, is_real):
         first = normed("input_layernorm", hidden)
         second = first if config.shared_parallel_norm else normed("post_attention_layernorm", hidden)
         return hidden + scale * attend(first) + scale * think(second)
+    if config.norm_position == "both":
+        hidden = hidden + scale * normed("post_attention_layernorm", attend(normed("input_layernorm", hidden)))
+        thought = think(normed("pre_feedforward_layernorm", hidden))
+        return hidden + scale * normed("post_feedforward_layernorm", thought)
     if config.norm_position == "after":
         hidden = hidden + scale * normed("post_attention_layernorm", attend(hidden))
         return hidden + scale * normed("post_feedforward_layernorm", think(hidden))
@@ -123,7 +127,8 @@ def attention(weights, config, layer_idx, x, positions, is_real):
         if config.qk_norm == "head":
             query, key = norm(weights, config, f"{name}.q_norm", query), norm(weights, config, f"{name}.k_norm", key)
         if config.position_embedding_type == "rope" and (config.no_rope_layers or [1] * 99)[layer_idx]:
-            query, key = rotate(config, query, positions), rotate(config, key, positions)
+            parameters = config.rope_parameters.get(config.layer_types[layer_idx], config.rope_parameters)
+            query, key = (rotate(states, positions, parameters) for states in (query, key))
         output = torch.zeros(length, dim, dtype=torch.float64)
         for i in range(length):
             seen = [j for j in range(length) if may_see(config, window, i, j, is_real)]
@@ -138,10 +143,9 @@ def attention(weights, config, layer_idx, x, positions, is_real):
     return linear(weights, f"{name}.o_proj", torch.cat(outputs, -1))
 
 
-def rotate(config, x, positions):
+def rotate(x, positions, parameters):
     """Su et al. 2021, eq. 34: the pair (x_j, x_{j + d/2}) turned by p · theta^(-2j/d), on the first d features."""
-    parameters = config.rope_parameters
-    d = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    d = int(x.shape[-1] * parameters.get("partial_rotary_factor", 1.0))
     turned = x.clone()
     for row, position in enumerate(positions):
         for j in range(d // 2):

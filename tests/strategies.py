@@ -54,7 +54,7 @@ def legal_fields(draw: st.DrawFn, causal: bool | None = None) -> dict[str, Any]:
         "position_embedding_type": positions,
         "norm_type": norm,
         "norm_bias": norm == "layer_norm" and draw(st.booleans()),
-        "norm_position": draw(st.sampled_from(["before", "after"])),
+        "norm_position": draw(st.sampled_from(["before", "after", "both"])),
         "qk_norm": draw(st.sampled_from([None, "head", "projection"])),
         "mlp_type": draw(st.sampled_from(["gated", "plain"])),
         "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu"])),

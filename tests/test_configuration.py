@@ -49,7 +49,10 @@ ILLEGAL = [
     ({"rope_parameters": {"rope_theta": 0.0}}, "rope_parameters['rope_theta'] (0.0) must be greater than 0"),
     ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor'] (1.5)"),
     ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "give 3 rotary dimensions, but RoPE rotates pairs"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs by layer type"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs by layer type; give one for each of"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": None}}, "differs by layer type"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 0.0}}}, "rope_parameters['rope_theta'] (0.0) must be greater than 0"),  # noqa: E501
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}}, "is incomplete"),
     ({"head_dim": 7}, "head_dim"),
     ({"position_embedding_type": "alibi", "rope_parameters": {"rope_theta": 1e4}}, "needs position_embedding_type='rope', but it is 'alibi'"),  # noqa: E501
     ({"position_embedding_type": "learned", "no_rope_layers": [1, 0]}, "no_rope_layers ([1, 0]) needs position_embedding_type='rope'"),  # noqa: E501
@@ -74,6 +77,14 @@ LEGAL = {
     "alibi": {"position_embedding_type": "alibi"},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "partial": {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    "rope by layer type": {
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 500.0},
+        },
+    },
     "bidirectional": {"is_causal": False},
     "ends": {"eos_token_id": [1, 2]},
     "labels": {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}},

@@ -228,6 +228,8 @@ def test_export_to_another_family_is_exact(name, option, family):
         ("gpt2", "scores by layer", "gpt_bigcode", "attention_multiplier"),
         ("llama", "grouped queries", "gpt2", "position_embedding_type"),
         ("smollm3", "RoPE in every second layer", "llama", "no_rope_layers"),
+        ("glm4", "half of each head rotated", "glm", "norm_position"),
+        ("olmo3", "yarn rope where no window is", "olmo2", "rope_parameters"),
     ],
 )
 def test_export_names_the_field_that_a_family_lacks(name, option, family, field):

@@ -111,6 +111,8 @@ def rope_row(partial: bool = False) -> Computed:
         if ours.rope_parameters is None:
             return ABSENT
         parameters = dict(ours.rope_parameters)
+        if "full_attention" in parameters:
+            raise ValueError(f"rope_parameters ({parameters}) differs by layer type, which the family cannot express")
         if partial:  # these families read it without a default of 1
             parameters.setdefault("partial_rotary_factor", 1.0)
         return parameters

@@ -2,25 +2,21 @@
 
 from typing import Any
 
+from ..model.configuration_groupformer import LAYER_TYPES
 from .family import ABSENT, ROPE_TYPES, TINY_LLAMA, WINDOW, Computed, Family
 from .olmo2 import FAMILY as OLMO2
 
 
 def read_rope(native: Any) -> dict[str, Any]:
-    """It has RoPE parameters for each type of layer; ours are one for all."""
-    kinds = {kind: native.rope_parameters[kind] for kind in sorted(set(native.layer_types))}
-    first, *others = kinds.values()
-    if any(other != first for other in others):
-        raise ValueError(
-            f"rope_parameters ({kinds}) of olmo3 differ between layers with and without a window; GroupFormer has one "
-            "set for all layers"
-        )
-    return {"rope_parameters": dict(first)}
+    """It has RoPE parameters for each type of layer; where they are the same in all layers, ours are one set."""
+    used = [native.rope_parameters[kind] for kind in sorted(set(native.layer_types))]
+    return {"rope_parameters": dict(used[0] if all(each == used[0] for each in used) else native.rope_parameters)}
 
 
 def write_rope(ours: Any) -> Any:
-    kinds = ("full_attention", "sliding_attention")
-    return ABSENT if ours.rope_parameters is None else {kind: dict(ours.rope_parameters) for kind in kinds}
+    if ours.rope_parameters is None:
+        return ABSENT
+    return {kind: dict(ours.rope_parameters.get(kind, ours.rope_parameters)) for kind in LAYER_TYPES}
 
 
 def both(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -45,19 +41,17 @@ FAMILY = Family(
             "layer_types": ["full_attention", "sliding_attention"],
             **both(ROPE_TYPES["yarn rope"]),
         },
-        "no window, tied, one layer": {
-            "layer_types": ["full_attention"],
-            "tie_word_embeddings": True,
-            "num_hidden_layers": 1,
-        },
-    },
-    refused={
-        "rope_parameters": {
+        "yarn rope where no window is": {
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {
                 "full_attention": ROPE_TYPES["yarn rope"],
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
-        }
+        },
+        "no window, tied, one layer": {
+            "layer_types": ["full_attention"],
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 1,
+        },
     },
 )

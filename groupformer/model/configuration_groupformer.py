@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 # Fields that `per_layer_config` may override in single layers; every other field is one for the whole model.
@@ -37,6 +37,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_groupformer.GroupFormerModel",
     **{f"AutoModel{head}": f"modeling_groupformer.GroupFormer{head}" for head in HEADS},
 }
+
+LAYER_TYPES = ("full_attention", "sliding_attention")  # what a layer sees: all tokens, or those of a window
 
 # The smallest legal values of numbers.
 MINIMUMS = (
@@ -131,15 +133,16 @@ class GroupFormerConfig(PreTrainedConfig):
             and sinusoidal positions refuse longer ones; RoPE warns once; ALiBi and no positions have no limit.
         position_offset (`int`, defaults to 0): Row of the learned positions that the first token reads (OPT: 2).
         rope_parameters (`dict`, *optional*, defaults to the type `"default"` with a `rope_theta` of 10000):
-            Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`. RoPE only.
+            Transformers' RoPE parameters: every `rope_type` that it knows, `partial_rotary_factor`; for all layers,
+            or under `"full_attention"` and `"sliding_attention"` for each kind of layer (OLMo 3). RoPE only.
         no_rope_layers (`list[int]`, *optional*): SmolLM3's and Llama 4's convention: one entry a layer, 1 where the
             layer uses RoPE, 0 where it has no positions at all. RoPE only.
         norm_type (`str`, defaults to `"rms_norm"`): `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (Ba et
             al. 2016).
         norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
         norm_bias (`bool`, defaults to `True`): Whether LayerNorm has a bias. RMSNorm never has one.
-        norm_position (`str`, defaults to `"before"`): `"before"` each sublayer (GPT-2, Llama), or `"after"` it and
-            before the residual addition (OLMo 2).
+        norm_position (`str`, defaults to `"before"`): `"before"` each sublayer (GPT-2, Llama), `"after"` it and
+            before the residual addition (OLMo 2), or `"both"` (GLM 4).
         embedding_norm (`bool`, defaults to `False`): A norm right after the embeddings (BLOOM).
         qk_norm (`str`, *optional*): Norm of queries and keys before RoPE: `"head"`, each head by itself with one
             shared weight (Qwen 3), or `"projection"`, over all heads together (OLMo 2).
@@ -180,6 +183,7 @@ class GroupFormerConfig(PreTrainedConfig):
     ```"""
 
     model_type = "groupformer"
+    _rope_type_labels = LAYER_TYPES  # under which transformers looks for RoPE parameters by layer type
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # from transformers 5.24 on the latter
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -209,13 +213,13 @@ class GroupFormerConfig(PreTrainedConfig):
     position_embedding_type: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     max_position_embeddings: int = 2048
     position_offset: int = 0
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     no_rope_layers: list[int] | None = None
     # Norms
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
-    norm_position: Literal["before", "after"] = "before"
+    norm_position: Literal["before", "after", "both"] = "before"
     embedding_norm: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     # MLP and residuals
@@ -438,22 +442,23 @@ class GroupFormerConfig(PreTrainedConfig):
         parameters = self.rope_parameters
         if not parameters:
             return
-        if any(isinstance(value, dict) for value in parameters.values()):
+        by_type = [value for value in parameters.values() if isinstance(value, dict)]
+        if by_type and (len(by_type) != len(LAYER_TYPES) or set(parameters) != set(LAYER_TYPES)):
             raise ValueError(
-                f"rope_parameters ({parameters}) differs by layer type, which GroupFormer cannot express; "
-                "give one set of parameters for all layers"
+                f"rope_parameters ({parameters}) differs by layer type; give one for each of {LAYER_TYPES}, or for all"
             )
+        try:
+            for each in by_type or [parameters]:
+                self._check_rope_parameters(each)
+            super().validate_rope()
+        except KeyError as error:  # transformers' word for a missing key; ours are all ValueErrors
+            raise ValueError(f"rope_parameters ({parameters}) is incomplete: {error.args[0]}") from error
+
+    def _check_rope_parameters(self, parameters: dict[str, Any]) -> None:
         known_types = ["default", *ROPE_INIT_FUNCTIONS]
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type not in known_types:
             raise ValueError(f"rope_parameters['rope_type'] ({rope_type!r}) is unknown; choose {choices(known_types)}")
-        try:
-            super().validate_rope()
-        except KeyError as error:  # transformers' word for a missing key; ours are all ValueErrors
-            raise ValueError(f"rope_parameters ({parameters}) is incomplete: {error.args[0]}") from error
-        self._check_rope_numbers(rope_type, parameters)
-
-    def _check_rope_numbers(self, rope_type: str, parameters: dict[str, Any]) -> None:
         for name in ("rope_theta", "factor", "original_max_position_embeddings"):
             value = parameters.get(name)
             if value is not None and not value > 0:
@@ -504,7 +509,6 @@ class GroupFormerConfig(PreTrainedConfig):
             raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
 
     def _check_layers(self) -> None:
-        known_types = ("full_attention", "sliding_attention")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
@@ -522,9 +526,9 @@ class GroupFormerConfig(PreTrainedConfig):
                 raise ValueError(f"sliding_window ({window}){where} must be at least 1, or None for full attention")
             if layer.intermediate_size < 1:
                 raise ValueError(f"intermediate_size ({layer.intermediate_size}){where} must be at least 1")
-            if layer_type not in known_types:
+            if layer_type not in LAYER_TYPES:
                 raise ValueError(
-                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(known_types)}"
+                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(LAYER_TYPES)}"
                 )
             if layer_type == "sliding_attention" and window is None:
                 raise ValueError(

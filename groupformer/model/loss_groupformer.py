@@ -54,8 +54,7 @@ def chunked_causal_lm_loss(
     shift_labels = shift_labels.to(hidden_states.device)
     scored = shift_labels != ignore_index
     count = scored.sum() if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, torch.Tensor):
-        count = count.to(hidden_states.device)
+    count = torch.as_tensor(count, device=hidden_states.device)
 
     def summed_loss(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = lm_head(rows).float()
@@ -88,6 +87,4 @@ def sequence_classification_loss(
     loss = ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is None or config.problem_type == "single_label_classification":
         return loss
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss * labels.numel() / num_items_in_batch
+    return loss * labels.numel() / torch.as_tensor(num_items_in_batch, device=loss.device)

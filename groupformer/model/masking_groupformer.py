@@ -132,7 +132,7 @@ def check_backend(config: GroupFormerConfig, name: str) -> None:
 def create_attention_masks(
     config: GroupFormerConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict[str, Any] | None,
     past_key_values: Cache | None = None,
     position_ids: torch.Tensor | None = None,
     cache: Cache | None = None,
@@ -141,9 +141,15 @@ def create_attention_masks(
     """One mask for each name of `layer_mask_names`, in the form that the configured backend reads.
 
     With ALiBi the biases are part of the masks: they depend on the head and on positions, not on the layer. `generate`
-    passes arguments of other models (token types); they are ignored.
+    passes arguments of other models (token types); they are ignored. Masks that it has prepared stay as they are.
     """
+    if isinstance(attention_mask, dict):
+        return attention_mask
     cache = accept_cache_alias(past_key_values, cache)
+    cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    # A static cache counts its tokens in a tensor and its masks may be as long as the cache: these stay as they are.
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and not isinstance(cached, torch.Tensor):
+        attention_mask = attention_mask[:, : cached + inputs_embeds.shape[1]]
     uses_alibi = config.position_embedding_type == "alibi"
     names = layer_mask_names(config)
     masks = {}
@@ -165,18 +171,11 @@ def create_attention_masks(
     return masks
 
 
-def crop_mask(attention_mask: Any, length: int, cached: int | torch.Tensor) -> Any:
-    """A mask (B, S or longer) without the entries behind the last of `length` new tokens; other masks as they are.
+def select_tokens(per_token: torch.Tensor, length: int, cached: int | torch.Tensor) -> torch.Tensor:
+    """The entries (B, length) after the cached ones, in a tensor (B, S or longer) that begins with these.
 
-    A static cache counts its tokens in a tensor and its masks may be as long as the cache: these stay as they are.
+    What a static cache has beyond the tensor repeats its last entry; it is masked.
     """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or isinstance(cached, torch.Tensor):
-        return attention_mask
-    return attention_mask[:, : cached + length]
-
-
-def select_new_tokens(per_token: torch.Tensor, length: int, cached: int | torch.Tensor) -> torch.Tensor:
-    """The entries (B, length) of the new tokens, in a tensor (B, S or longer) that begins with the cached ones."""
     index = torch.arange(length, device=per_token.device) + cached
     return per_token[:, index.clamp(max=per_token.shape[1] - 1)]
 
@@ -192,7 +191,7 @@ def build_position_ids(
     length = inputs_embeds.shape[1]
     adds_positions = config.position_embedding_type in ("learned", "sinusoidal")
     if adds_positions and attention_mask is not None and attention_mask.ndim == 2:
-        return select_new_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cached)
+        return select_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cached)
     return (torch.arange(length, device=inputs_embeds.device) + cached).unsqueeze(0)
 
 
@@ -206,7 +205,7 @@ def find_real_tokens(
     """Which of the new tokens are real, a boolean (B, T), from the attention mask where there is one."""
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     if attention_mask is not None and attention_mask.ndim == 2:
-        return select_new_tokens(attention_mask, inputs.shape[1], cached) != 0
+        return select_tokens(attention_mask, inputs.shape[1], cached) != 0
     if input_ids is not None and config.pad_token_id is not None:
         return input_ids != config.pad_token_id
     if input_ids is not None and len(input_ids) > 1:
@@ -247,19 +246,15 @@ def add_alibi(
     Returns an additive float mask (B or 1, H, T, S). Positions count real tokens where a 2D `attention_mask` tells
     them from padding, and plain indices elsewhere.
     """
-    length = inputs_embeds.shape[1]
-    device, dtype = inputs_embeds.device, inputs_embeds.dtype
+    length, device, dtype = inputs_embeds.shape[1], inputs_embeds.device, inputs_embeds.dtype
     seen = cache.get_query_offset(layer_idx) if cache is not None else 0
     first_key = cache.get_mask_sizes(length, layer_idx)[1] if cache is not None else 0
-    query_index = torch.arange(length, device=device) + seen
-    key_index = torch.arange(mask.shape[-1], device=device) + first_key
+    parts = (length, seen), (mask.shape[-1], first_key)  # of queries and keys: how many, after how many
     if attention_mask is not None and attention_mask.ndim == 2:
         positions = attention_mask.to(device=device, dtype=torch.long).cumsum(-1) - 1
-        last = positions.shape[-1] - 1  # a static cache is longer than its mask; what lies beyond is masked
-        query_position = positions[:, query_index.clamp(max=last)]
-        key_position = positions[:, key_index.clamp(max=last)]
+        query_position, key_position = (select_tokens(positions, *part) for part in parts)
     else:
-        query_position, key_position = query_index[None], key_index[None]
+        query_position, key_position = ((torch.arange(n, device=device) + start)[None] for n, start in parts)
     distance = (query_position[:, None, :, None] - key_position[:, None, None, :]).abs()  # (B or 1, 1, T, S)
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=device)[None, :, None, None]
     biases, lowest = (-slopes * distance).to(dtype), torch.finfo(dtype).min

@@ -10,6 +10,7 @@ remote code on the Hub it has torch, transformers and the files beside it.
 Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key-value heads, D head_dim.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -44,7 +45,6 @@ from .masking_groupformer import (
     check_inputs,
     check_positions,
     create_attention_masks,
-    crop_mask,
     embed_token_ids,
     find_real_tokens,
     layer_mask_names,
@@ -119,10 +119,12 @@ class GroupFormerRotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config: GroupFormerConfig):
+    def __init__(self, config: GroupFormerConfig, layer_type: str = "full_attention"):
         super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
+        if layer_type in config.rope_parameters:  # each type of layer has its own
+            config, parameters = copy.deepcopy(config), config.rope_parameters[layer_type]
+            config.rope_parameters = parameters
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         rope_init = {"default": self.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[self.rope_type]
@@ -343,16 +345,18 @@ class GroupFormerDecoderLayer(GradientCheckpointingLayer):
 
 
 class GroupFormerPostNormDecoderLayer(GroupFormerDecoderLayer):
-    """Norms on the sublayers' outputs, before these are added to the residual stream (OLMo 2)."""
+    """Norms on the sublayers' outputs, before these are added (OLMo 2); with "both", on their inputs too (GLM 4)."""
 
     def build_norms(self, config: GroupFormerConfig) -> None:
-        self.post_attention_layernorm = build_norm(config)
-        self.post_feedforward_layernorm = build_norm(config)
+        build_input_norm = build_norm if config.norm_position == "both" else nn.Identity
+        self.input_layernorm, self.pre_feedforward_layernorm = build_input_norm(config), build_input_norm(config)
+        self.post_attention_layernorm, self.post_feedforward_layernorm = build_norm(config), build_norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.scale(self.post_attention_layernorm(attn_output))
-        return hidden_states + self.scale(self.post_feedforward_layernorm(self.mlp(hidden_states)))
+        mlp_output = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        return hidden_states + self.scale(self.post_feedforward_layernorm(mlp_output))
 
 
 class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
@@ -374,6 +378,7 @@ class GroupFormerParallelDecoderLayer(GroupFormerDecoderLayer):
 LAYERS = {
     "before": GroupFormerDecoderLayer,
     "after": GroupFormerPostNormDecoderLayer,
+    "both": GroupFormerPostNormDecoderLayer,
     "parallel": GroupFormerParallelDecoderLayer,
 }
 
@@ -460,9 +465,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
     def __init__(self, config: GroupFormerConfig):
         config.validate_architecture()  # again, because a config may have been changed since it was built
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         absolute = ABSOLUTE_POSITIONS.get(config.position_embedding_type)
         self.embed_positions = absolute(config) if absolute is not None else None
         self.embed_norm = build_norm(config) if config.embedding_norm else None
@@ -471,6 +474,8 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.rotary_emb = GroupFormerRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        is_local = self.rotary_emb is not None and "sliding_attention" in config.rope_parameters
+        self.rotary_emb_local = GroupFormerRotaryEmbedding(config, "sliding_attention") if is_local else None
         self.mask_names = layer_mask_names(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -509,10 +514,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cached)
         if inputs_embeds is None:
             inputs_embeds = embed_token_ids(self.embed_tokens, input_ids)
-        attention_mask = crop_mask(attention_mask, inputs_embeds.shape[1], cached)
-        masks = attention_mask
-        if not isinstance(masks, dict):  # `generate` may have prepared them
-            masks = create_attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        masks = create_attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             position_ids = build_position_ids(self.config, inputs_embeds, attention_mask, cached)
         check_positions(self.config, position_ids)
@@ -527,13 +529,15 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
         hidden_states = self.embed_dropout(hidden_states)
-        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        full = local = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        if self.rotary_emb_local is not None:
+            local = self.rotary_emb_local(hidden_states, position_ids)
 
         for mask_name, decoder_layer in zip(running_mask_names(self), self.layers):
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks[mask_name],
-                position_embeddings=position_embeddings,
+                position_embeddings=local if mask_name.startswith("sliding") else full,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache},

@@ -185,7 +185,10 @@ def rope_metadata(config: GroupFormerConfig) -> dict[str, Any]:
     if config.rope_parameters is None:
         return {}
     parameters: dict[str, Any] = dict(config.rope_parameters)
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type")  # None where it differs by layer type
+    unusual = [name for name in ("beta_fast", "beta_slow", "attention_factor", "mscale") if parameters.get(name)]
+    if kind not in ("default", "linear", "yarn", "llama3") or (kind == "yarn" and unusual):
+        raise ValueError(f"rope_parameters ({parameters}) cannot be written as GGUF exactly")
     metadata: dict[str, Any] = {
         "rope.dimension_count": rotary_dim_of(config),
         "rope.freq_base": float(parameters["rope_theta"]),
@@ -196,9 +199,6 @@ def rope_metadata(config: GroupFormerConfig) -> dict[str, Any]:
     if kind == "yarn":
         original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         metadata["rope.scaling.original_context_length"] = int(original)
-    unusual = [name for name in ("beta_fast", "beta_slow", "attention_factor", "mscale") if parameters.get(name)]
-    if kind not in ("default", "linear", "yarn", "llama3") or (kind == "yarn" and unusual):
-        raise ValueError(f"rope_parameters ({parameters}) cannot be written as GGUF exactly")
     return metadata
 
 
