@@ -225,22 +225,6 @@ def test_similar_grouping_finds_balanced_clusters(count, clusters):
         assert len({int(places[head] // 10) for head in group}) == 1
 
 
-def test_auto_meets_the_budget_and_spares_the_layer_that_needs_its_heads():
-    redundant = with_copies(float64_model(num_key_value_heads=1))
-    layer = {name: tensor for name, tensor in float64_model().state_dict().items() if "layers.1." in name}
-    redundant.load_state_dict(layer, strict=False)  # the first layer is redundant, the second is not
-    chosen = groupformer.regroup(redundant, "auto", budget=0.625, grouping="adjacent")
-    counts = [layer.num_key_value_heads for layer in chosen.config.per_layer_config]
-    assert counts == [1, 8]
-    assert_same_logits(chosen, redundant)
-
-
-@pytest.mark.parametrize("budget", [0.125, 0.25, 0.5, 1.0])
-def test_auto_never_exceeds_the_budget(budget):
-    chosen = groupformer.regroup(float64_model(), "auto", budget=budget, method="mean")
-    assert sum(layer.num_key_value_heads for layer in chosen.config.per_layer_config) <= 16 * budget
-
-
 # The new model -------------------------------------------------------------------------------------------------------
 
 

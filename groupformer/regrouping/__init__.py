@@ -102,7 +102,7 @@ def regroup(
         )
         return regroup(ours, num_key_value_heads, **options, seed=seed, device=device, dtype=dtype)
     moments = find_moments(source, plan, calibration, device=device, dtype=dtype)
-    counts = choose_counts(source, plan, moments)
+    counts = choose_counts(source, plan, moments, calibration, device)
     if counts != plan.example_counts:
         result = describe_result(source, plan, counts, calibration, healing)
         assert result is not None

@@ -1,4 +1,4 @@
-"""`auto`: the counts of key-value heads, layer by layer, that fit a cache and lose the least energy."""
+"""`auto`: the counts of key-value heads, layer by layer, that fit a cache and lose the least."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,33 +13,44 @@ def check_budget(budget: float | None) -> float:
     return budget
 
 
-def choose_counts(losses: Sequence[Mapping[int, float]], budget: float) -> list[int]:
-    """One count for each layer, at the least sum of losses, such that all counts fit the budget.
+def choose_counts(losses: Sequence[Mapping[int, float]], budget: float, tokens: Sequence[int]) -> list[int]:
+    """One count for each layer, at the least sum of losses, such that the cache fits the budget.
 
-    The cache of a layer is proportional to its count (sliding windows are not taken into account), so this is a
-    knapsack with small integer weights, solved exactly by dynamic programming.
+    The cache of a layer is its count times the tokens that it keeps, so this is a knapsack with integer weights,
+    solved exactly by dynamic programming.
 
     Args:
         losses: For each layer, the loss for each possible count; the greatest count is the layer's present one.
         budget: Share of the present cache to keep.
+        tokens: That each layer keeps of a full context: all, or those in its sliding window.
 
     Raises:
         ValueError: not even the smallest counts fit.
     """
-    present, smallest = sum(map(max, losses)), sum(map(min, losses))
+    present = sum(size * max(layer) for size, layer in zip(tokens, losses))
+    smallest = sum(size * min(layer) for size, layer in zip(tokens, losses))
     capacity = math.floor(budget * present + 1e-9)
     if capacity < smallest:
         raise ValueError(
-            f"budget ({budget}) leaves {capacity} key-value heads, but {len(losses)} layers need at least {smallest}; "
+            f"budget ({budget}) is less than {len(losses)} layers with the fewest key-value heads need; "
             f"choose at least {math.ceil(1000 * smallest / present) / 1000}"
         )
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # heads spent -> least loss, and its counts
-    for layer in losses:
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # cache spent -> least loss, and its counts
+    for size, layer in zip(tokens, losses):
         following: dict[int, tuple[float, list[int]]] = {}
         for spent, (lost, counts) in best.items():
             for count, loss in layer.items():
-                total = spent + count
+                total = spent + size * count
                 if total <= capacity and lost + loss < following.get(total, (math.inf, []))[0]:
                     following[total] = (lost + loss, [*counts, count])
-        best = following
-    return min(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]  # of equal losses, the fewest heads
+        best = least_for_more(following)
+    return min(best.values())[1]
+
+
+def least_for_more(states: Mapping[int, tuple[float, list[int]]]) -> dict[int, tuple[float, list[int]]]:
+    """The states that lose less than every one that spends less; no other can be part of a solution."""
+    kept, least = {}, math.inf
+    for spent in sorted(states):
+        if states[spent][0] < least:
+            kept[spent], least = states[spent], states[spent][0]
+    return kept

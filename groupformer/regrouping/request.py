@@ -68,12 +68,12 @@ class Request:
         """For each count that a layer can have, the energy that its best groups lose."""
         group = GROUPINGS[self.grouping]
         counts = divisors(problem.heads.geometry.num_key_value_heads)
-        losses = {count: sum(map(problem.loss, group(problem, count))) for count in counts}
-        return {count: 0.0 if loss < ROUNDING else loss for count, loss in losses.items()}
+        return {count: sum(map(problem.loss, group(problem, count))) for count in counts}
 
-    def choose_counts(self, losses: Sequence[Mapping[int, float]]) -> list[int]:
-        """With "auto", the counts under the budget."""
-        return choose_counts(losses, check_budget(self.budget))
+    def choose_counts(self, losses: Sequence[Mapping[int, float]], tokens: Sequence[int]) -> list[int]:
+        """With "auto", the counts under the budget, where each layer keeps so many tokens of a full context."""
+        counted = [{count: 0.0 if loss < ROUNDING else loss for count, loss in layer.items()} for layer in losses]
+        return choose_counts(counted, check_budget(self.budget), tokens)
 
     def merge(self, problem: LayerProblem, count: int, layer_idx: int) -> AttentionHeads:
         """The layer's heads with `count` key-value heads."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..measuring.cache import decoder_of, layer_caches, positions_of
 from .attention import find_attention
 from .calibration import measure_moments, moment_of_norm
 from .heads import AttentionHeads
@@ -18,6 +20,7 @@ from .probing import build_on_meta
 from .processes import ALONE, Processes
 from .request import Request, check_counts
 from .result import Result, find_result, short_counts, with_provenance
+from .sensitivity import measured_losses
 from .sources import Source
 
 
@@ -125,12 +128,35 @@ def find_moments(
     return list(measured) if scratch is None else StoredMoments(scratch, measured, processes)
 
 
-def choose_counts(source: Source, plan: Plan, moments: Moments) -> list[int]:
-    """The count of each layer: the wanted one, or the best under the budget."""
+def choose_counts(
+    source: Source,
+    plan: Plan,
+    moments: Moments,
+    token_ids: torch.Tensor | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
+) -> list[int]:
+    """The count of each layer: the wanted one, or the best under the budget.
+
+    With token ids what a count loses is measured; without them it is the share of energy that the merge loses.
+    """
     if plan.counts is not None:
         return plan.counts
     problems = (layer_problem(source, plan, moments, layer_idx) for layer_idx in range(len(plan.layouts)))
-    return plan.request.choose_counts([plan.request.losses(problem) for problem in problems])
+    if token_ids is None:
+        losses = [plan.request.losses(problem) for problem in problems]
+    else:
+        losses = measured_losses(
+            source, plan.layouts, plan.request, problems, token_ids, device=device, processes=processes
+        )
+    return plan.request.choose_counts(losses, tokens_kept(source.config))
+
+
+def tokens_kept(config: PreTrainedConfig) -> list[int]:
+    """Tokens of a full context that each layer keeps: all, or as many as its sliding window holds."""
+    decoder = decoder_of(config)
+    context = positions_of(decoder) or 1
+    return [min(context, layer.window or context) for layer in layer_caches(decoder)]
 
 
 def layer_problem(source: Source, plan: Plan, moments: Moments, layer_idx: int) -> LayerProblem:

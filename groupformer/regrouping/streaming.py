@@ -108,7 +108,7 @@ def regroup_folder(
             checkpoint = FolderSource(scratch / "groupformer")
             plan = plan_regrouping(checkpoint, *options)
         moments = find_moments(checkpoint, plan, token_ids, scratch, device, dtype, processes)
-        counts = choose_counts(checkpoint, plan, moments)
+        counts = choose_counts(checkpoint, plan, moments, token_ids, device, processes)
         if result is None or counts != plan.example_counts:
             result = describe_result(checkpoint, plan, counts, token_ids)
             assert result is not None
