@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 PICTURES = (".png", ".svg")
+DOCSTRING_TYPE = re.compile(r"<code>(`[^<]*)</code>")
 QUOTE = re.compile(r"^( *)<!-- source: ([\w.]+) -->$", flags=re.MULTILINE)
 
 
@@ -119,6 +120,7 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = ""  # a kernel may send what a cell prints in several outputs
         for output in cell.get("outputs", []):
             picture = output.get("data", {}).get("image/png")
             if picture:
@@ -126,8 +128,9 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
                 pictures[path] = base64.b64decode("".join(picture))
                 parts.append(f"![What the cell draws]({path})")
             else:
-                shown = output.get("text") or output["data"]["text/plain"]
-                parts.append(f"```text\n{''.join(shown).rstrip()}\n```")
+                printed += "".join(output.get("text") or output["data"]["text/plain"])
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
     title, *rest = "\n\n".join(parts).split("\n", 1)
     return "\n".join([title, "", f"[Download this notebook]({name}.ipynb)", *rest]), pictures
 
@@ -168,6 +171,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return markdown
     markdown = relink(markdown, page.file.src_uri)
     return QUOTE.sub(lambda match: textwrap.indent(f"```python\n{quoted(match[2])}\n```", match[1]), markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Renders the Markdown in transformers' kind of docstring, "`int`, *optional*, defaults to 1", which is no type."""
+
+    def render(match: re.Match) -> str:
+        return re.sub("`([^`]+)`", r"<code>\1</code>", match[1]).replace("*optional*", "<em>optional</em>")
+
+    return DOCSTRING_TYPE.sub(render, html)
 
 
 if __name__ == "__main__":
