@@ -174,7 +174,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Renders the Markdown in transformers' kind of docstring, "`int`, *optional*, defaults to 1", which is no type."""
+    """Renders the Markdown of transformers' kind of docstring, e.g. "`int`, *optional*, defaults to 1"."""
 
     def render(match: re.Match) -> str:
         return re.sub("`([^`]+)`", r"<code>\1</code>", match[1]).replace("*optional*", "<em>optional</em>")

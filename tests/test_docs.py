@@ -55,7 +55,9 @@ def test_the_tour_has_eight_cells_and_what_they_print():
     page, pictures = hooks.notebook_page(json.loads(TOUR.read_text(encoding="utf-8")), "tour")
     assert page.startswith("# A tour") and "query heads | 0 1 2 3 | 4 5 6 7 |" in page
     assert [name in page for name in pictures] == [True, True] and min(map(len, pictures.values())) > 10_000
-    assert page.count("```text") == sum("stream" in {each["output_type"] for each in cell["outputs"]} for cell in cells)
+    assert page.count("```text") == sum(
+        "stream" in {each["output_type"] for each in cell["outputs"]} for cell in cells
+    )
     assert not [path for path in (str(ROOT), str(Path.home())) if path in page]
 
 
@@ -132,7 +134,9 @@ def test_a_link_leads_to_the_same_file_on_the_site(page, link, on_the_site):
 
 
 def test_a_docstring_s_type_is_shown_as_words_and_code():
-    html = hooks.on_page_content("<code>`int`, *optional*, defaults to `2 * x`</code> <code>x</code>", None, None, None)
+    html = hooks.on_page_content(
+        "<code>`int`, *optional*, defaults to `2 * x`</code> <code>x</code>", None, None, None
+    )
     assert html == "<code>int</code>, <em>optional</em>, defaults to <code>2 * x</code> <code>x</code>"
 
 
