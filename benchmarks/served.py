@@ -5,9 +5,12 @@
     python -m benchmarks.served runs/smollm2.gguf runs/smollm2-1.gguf --engine llama.cpp --tokenizer runs/smollm2
     python -m benchmarks.served runs/smollm2 runs/smollm2-1 --engine transformers
 
-Each checkpoint gets the engine's own server, all at once and idle but for the one that is measured; vLLM's benchmark
-client asks them in turn, so that a ratio compares neighbours. Printed beside each ratio is what `groupformer plan`
-predicts: the bytes that a step reads, over those of the first checkpoint, and the sequences that the cache holds.
+Each checkpoint gets the engine's own server, all at once and idle but for the one that is measured. vLLM's benchmark
+client asks them in turn, A B B A, and a ratio is the median over rounds, each of which compares neighbours. On a CPU
+the servers compute on the same cores (--engine-cores), and front ends and client run on the others: where they share
+cores, a ratio says who got them. Name a checkpoint twice to see what the ratio of a model to itself is. Printed beside
+each ratio is what `groupformer plan` predicts: the bytes that a step reads for each of its tokens, over those of the
+first checkpoint, and the sequences that the cache holds. The prediction leaves prompts out; they cost both the same.
 
 The client and vLLM's server run in an environment of their own, made by `make test-vllm` (--vllm names its folder);
 llama.cpp's server comes with the package `xllamacpp` in the environment of --llama-cpp. Transformers' continuous
@@ -27,7 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,35 @@ class Server:
     worker: subprocess.Popen | None = None
 
 
+def engine_cores(options: argparse.Namespace) -> set[int]:
+    """The cores that servers compute on: as given, else all but the last, and all beside a GPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(options.engine_cores or (cores if torch.cuda.is_available() else cores[:-1]) or cores)
+
+
+def other_cores(options: argparse.Namespace) -> set[int]:
+    """The cores of front ends and client."""
+    return os.sched_getaffinity(0) - engine_cores(options) or os.sched_getaffinity(0)
+
+
+def processes_of(pid: int) -> Iterator[Path]:
+    """The folders in /proc of a process and of all that it started."""
+    yield Path(f"/proc/{pid}")
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from processes_of(int(child))
+
+
+def bind(pid: int, options: argparse.Namespace, computing: str = "") -> None:
+    """Binds the threads of a process tree to cores: those of a process with `computing` in its command line, which is
+    every process by default, to the engine's; the rest to the others."""
+    for process in processes_of(pid):
+        is_computing = computing in (process / "cmdline").read_text()
+        for task in (process / "task").iterdir():
+            with suppress(ProcessLookupError):  # a thread that has ended since
+                os.sched_setaffinity(int(task.name), engine_cores(options) if is_computing else other_cores(options))
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -87,12 +119,13 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: f
 
 
 @contextmanager
-def running(command: list[str], environment: dict[str, str], port: int, log: Path) -> Iterator[None]:
+def running(command: list[str], environment: dict[str, str], port: int, log: Path) -> Iterator[int]:
+    """Runs a server until it is no longer needed; yields its process id once it answers."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=file, stderr=file)
         try:
             wait_until_ready(process, port, log)
-            yield
+            yield process.pid
         finally:
             process.terminate()
             process.wait(timeout=60)
@@ -107,10 +140,12 @@ def vllm_server(checkpoint: Path, options: argparse.Namespace, log: Path) -> Ite
     command += ["--kv-cache-memory-bytes", str(options.cache_mib << 20), "--no-enable-prefix-caching"]
     command += ["--max-num-seqs", str(max(options.concurrency))] + (["--enforce-eager"] if options.eager else [])
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "groupformer"}
-    with running(command, environment, port, log):
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(engine_cores(options))))
+    with running(command, environment, port, log) as pid:
+        bind(pid, options, computing="VLLM::Worker")
         said = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())
         tokens = None if said is None else int(said[1].replace(",", ""))
-        yield Server(checkpoint.name, str(checkpoint), checkpoint, port, tokens)
+        yield Server(log.stem, str(checkpoint), checkpoint, port, tokens)
 
 
 LLAMA_CPP = """
@@ -129,22 +164,28 @@ while True:
 """
 
 
+def config_folder(checkpoint: Path) -> Path:
+    """The folder with a checkpoint's config: a GGUF file's lies beside it, under its name without the suffix."""
+    return checkpoint.with_suffix("") if checkpoint.suffix == ".gguf" else checkpoint
+
+
 @contextmanager
 def llama_cpp_server(checkpoint: Path, options: argparse.Namespace, log: Path) -> Iterator[Server]:
     """llama.cpp allots its cache by tokens, so each checkpoint gets as many as the memory of --cache-mib holds."""
-    port, config = free_port(), checkpoint.with_suffix("")
+    port, config = free_port(), config_folder(checkpoint)
     tokens = (options.cache_mib << 20) // bytes_per_token(config, options)
     content = {
         "model": str(checkpoint),
         "port": port,
         "tokens": tokens,
         "slots": max(options.concurrency),
-        "threads": options.threads,
+        "threads": len(engine_cores(options)),
         "cache_type": options.cache_type,
     }
     command = [str(options.llama_cpp / "bin" / "python"), "-c", LLAMA_CPP, json.dumps(content)]
-    with running(command, {}, port, log):
-        yield Server(config.name, str(checkpoint), config, port, tokens)
+    with running(command, {}, port, log) as pid:
+        bind(pid, options)
+        yield Server(log.stem, str(checkpoint), config, port, tokens)
 
 
 TRANSFORMERS = """
@@ -183,11 +224,13 @@ def transformers_worker(checkpoint: Path, options: argparse.Namespace, log: Path
     tokens = (options.cache_mib << 20) // bytes_per_token(checkpoint, options) // 256 * 256
     content = {"model": str(checkpoint), "dtype": options.dtype, "tokens": tokens}
     command = [sys.executable, "-c", TRANSFORMERS, json.dumps(content)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(engine_cores(options)))}
     pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with open(log, "w") as file, subprocess.Popen(command, stderr=file, **pipes) as worker:
+    with open(log, "w") as file, subprocess.Popen(command, env=environment, stderr=file, **pipes) as worker:
         try:
             answer_of(worker, log)
-            yield Server(checkpoint.name, str(checkpoint), checkpoint, 0, tokens, worker)
+            bind(worker.pid, options)
+            yield Server(log.stem, str(checkpoint), checkpoint, 0, tokens, worker)
         finally:
             worker.terminate()
 
@@ -223,7 +266,7 @@ def ask(server: Server, context: int, concurrency: int, options: argparse.Namesp
         command += ["--num-prompts", str(concurrency * options.waves), "--max-concurrency", str(concurrency)]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json", "--temperature", "0"]
         done = subprocess.run(
-            command,
+            ["taskset", "--cpu-list", ",".join(map(str, sorted(other_cores(options)))), *command],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
             capture_output=True,
             text=True,
@@ -254,27 +297,44 @@ def predict(server: Server, context: int, concurrency: int, options: argparse.Na
     sequence = bytes_per_token(server.config, options) * (context + options.new_tokens)
     held = int((options.cache_mib << 20) // sequence)
     together = min(concurrency, held)
-    weights = parameter_counts(config)[1] * DTYPE_BYTES[options.dtype]
+    is_gguf = server.model.endswith(".gguf")
+    weights = os.path.getsize(server.model) if is_gguf else parameter_counts(config)[1] * DTYPE_BYTES[options.dtype]
     return {"fits": held, "bytes_per_token": (weights + together * sequence) / together if together else float("nan")}
 
 
+def turns(servers: list[Server], rounds: int) -> Iterator[list[Server]]:
+    """Who is asked in each round: A B, then B A, so that no server always follows the same one."""
+    for number in range(rounds):
+        yield servers[:: -1 if number % 2 else 1]
+
+
 def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each context and concurrency, with the checkpoints in turn."""
+    """A row for each context and concurrency: medians over rounds, and of each round's ratio to the first server."""
     rows = []
     for context in options.contexts:
         for concurrency in options.concurrency:
-            runs: list[list[dict[str, float]]] = [[] for _ in servers]
-            for _ in range(options.rounds):
-                for server, seen in zip(servers, runs):
-                    seen.append(ask(server, context, concurrency, options))
-            row = {"context": context, "concurrency": concurrency, "models": []}
-            for server, seen in zip(servers, runs):
-                medians = {name: statistics.median(run[name] for run in seen) for name in seen[0]}
+            runs: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+            for order in turns(servers, options.rounds):
+                for server in order:
+                    runs[server.name].append(ask(server, context, concurrency, options))
+            row: dict[str, Any] = {"context": context, "concurrency": concurrency, "models": []}
+            for server in servers:
                 told = {name: value for name, value in vars(server).items() if name != "worker"}
-                row["models"].append({**told, **medians, **predict(server, context, concurrency, options)})
+                told |= predict(server, context, concurrency, options)
+                row["models"].append(told | summary(runs[server.name], runs[servers[0].name]))
             rows.append(row)
             print("\n".join(lines(row)), flush=True)
     return rows
+
+
+def summary(runs: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over rounds, and medians of the ratios to the first server in the same round: `ratio` of tokens a
+    second, `step_ratio` of the time for each further token; above 1 means faster."""
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    pairs = list(zip(runs, first))
+    ratio = statistics.median(run["tokens_per_second"] / base["tokens_per_second"] for run, base in pairs)
+    step_ratio = statistics.median(base["next_ms"] / run["next_ms"] for run, base in pairs)
+    return {**medians, "ratio": ratio, "step_ratio": step_ratio}
 
 
 def lines(row: dict[str, Any]) -> list[str]:
@@ -282,14 +342,14 @@ def lines(row: dict[str, Any]) -> list[str]:
     first = row["models"][0]
     return [
         f"| {row['context']:,} | {row['concurrency']} | {model['name']} | {model['tokens_per_second']:,.1f} "
-        f"| {model['tokens_per_second'] / first['tokens_per_second']:.2f} "
-        f"| {first['bytes_per_token'] / model['bytes_per_token']:.2f} | {model['next_ms']:.1f} "
-        f"| {model['first_ms']:,.0f} | {model['fits']} | {model['cache_tokens'] or ''} |"
+        f"| {model['ratio']:.2f} | {first['bytes_per_token'] / model['bytes_per_token']:.2f} "
+        f"| {model['next_ms']:.1f} ({model['step_ratio']:.2f}) | {model['first_ms']:,.0f} | {model['fits']} "
+        f"| {model['cache_tokens'] or ''} |"
         for model in row["models"]
     ]
 
 
-COLUMNS = "context, at once, model, tokens/s, ratio, predicted, ms a token, ms to the first, fit, cache tokens"
+COLUMNS = "context, at once, model, tokens/s, ratio, predicted, ms a token (ratio), ms to the first, fit, cache tokens"
 
 
 def random_models(kind: str, folder: Path) -> list[Path]:
@@ -330,7 +390,9 @@ def main() -> None:
     parser.add_argument("--cache-mib", type=int, default=256, help="Memory of the cache, the same for each model.")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
     parser.add_argument("--cache-type", choices=CACHE_TYPE_BYTES, default="GGML_TYPE_F16", help="llama.cpp's.")
-    parser.add_argument("--threads", type=int, default=2, help="llama.cpp's.")
+    parser.add_argument(
+        "--engine-cores", nargs="+", type=int, help="What servers compute on. Default: all but the last."
+    )
     parser.add_argument("--eager", action="store_true", help="vLLM without compiling.")
     parser.add_argument("--tokenizer", type=Path, help="Folder of the client's tokenizer. Default: the checkpoint's.")
     parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm"))
@@ -341,10 +403,15 @@ def main() -> None:
     checkpoints = options.checkpoints or (random_models(options.random, options.output) if options.random else [])
     if not checkpoints:
         parser.error("nothing to serve; name checkpoints, or --random 1b")
+    for checkpoint in checkpoints:
+        positions = AutoConfig.from_pretrained(config_folder(checkpoint)).max_position_embeddings
+        if (longest := max(options.contexts) + options.new_tokens) > positions:
+            parser.error(f"--contexts: {checkpoint} has {positions} positions, the longest sequence {longest} tokens")
     with ExitStack() as stack:
         servers = []
-        for checkpoint in checkpoints:
-            log = options.output / f"{checkpoint.name}.log"
+        for number, checkpoint in enumerate(checkpoints):
+            again = "-again" * checkpoints[:number].count(checkpoint)
+            log = options.output / f"{config_folder(checkpoint).name}{again}.log"
             servers.append(stack.enter_context(ENGINES[options.engine](checkpoint, options, log)))
         names = COLUMNS.split(", ")
         print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")

@@ -1,12 +1,16 @@
 """The benchmarks run, at sizes that only show that they do, and their arithmetic is right."""
 
+import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from benchmarks import served
 from benchmarks.speed.measure import alternate, summary
 from benchmarks.speed.shapes import Shape, llama, ours
 from benchmarks.walk import build_models, walk_of_token
@@ -73,6 +77,33 @@ def test_every_family_is_timed(tmp_path):
     rows = json.loads((tmp_path / "families.json").read_text())["rows"]
     assert [row["family"] for row in rows] == list(FAMILIES)
     assert all(case["GroupFormer"]["ratio"] > 0 for row in rows for case in row["cases"].values())
+
+
+def test_servers_are_asked_in_turn_and_compared_within_a_round():
+    assert list(served.turns(["a", "b"], 3)) == [["a", "b"], ["b", "a"], ["a", "b"]]
+    base = [{"tokens_per_second": speed, "next_ms": 10.0} for speed in (1.0, 2.0, 4.0)]
+    other = [{"tokens_per_second": speed, "next_ms": 5.0} for speed in (2.0, 3.0, 8.0)]
+    assert served.summary(other, base) == {"tokens_per_second": 3.0, "next_ms": 5.0, "ratio": 2.0, "step_ratio": 2.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds by /proc")
+def test_the_process_that_computes_is_bound_to_the_engine_s_cores():
+    cores = os.sched_getaffinity(0)
+    options = argparse.Namespace(engine_cores=[min(cores)])
+    sleeping = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1], 'Wor' + 'ker']); print()"
+    )
+    command = [sys.executable, "-uc", f"{sleeping}; time.sleep(60)", "print(); import time; time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as front:
+        front.stdout.readline(), front.stdout.readline()  # both run
+        (worker,) = [int(path.name) for path in served.processes_of(front.pid)][1:]
+        try:
+            served.bind(front.pid, options, computing="Worker")
+            assert os.sched_getaffinity(worker) == {min(cores)}
+            assert os.sched_getaffinity(front.pid) == (cores - {min(cores)} or cores)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            front.kill()
 
 
 @pytest.mark.slow
