@@ -1,7 +1,11 @@
 """Uptraining: the loss is what it says, a regrouped model wins back what the merge lost, runs resume."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,3 +333,52 @@ def test_the_command_prints_the_curve_as_json(folders, tmp_path):
     results = json.loads(outcome.stdout)
     assert results["tokens"] == 64
     assert len(results["curve"]) == 3
+
+
+# What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` sets.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+SPLIT = {"ddp": {"parameter": "Parameter", "share": 1.0}, "fsdp": {"parameter": "DTensor", "share": 0.5}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind, environment", [("ddp", {}), ("fsdp", FSDP2)], ids=["ddp", "fsdp"])
+def test_two_processes_uptrain_as_one_does(folders, tmp_path, kind, environment, options):
+    """With half the rows each, over gloo."""
+    found = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes) / "out"
+        output.parent.mkdir()
+        fields = vars(recipe(folders, batch_size=4 // processes, evaluations=4, bf16=False, **options))
+        job = output.parent / "job.json"
+        job.write_text(json.dumps({"recipe": fields, "output": str(output)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [*command, "-m", "tests.uptrain_in_processes", str(job)],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment if processes > 1 else {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = json.loads((output.parent / "result.json").read_text())
+    one, two = found[1], found[2]
+    assert {name: two[name] for name in SPLIT[kind]} == SPLIT[kind]  # not one process's training twice
+    assert two["steps"] == one["steps"] and two["tokens"] == one["tokens"] == 16 * 32
+    assert [point["tokens"] for point in two["curve"]] == [point["tokens"] for point in one["curve"]]
+    for name in ("loss", "bits_per_byte"):
+        assert [p[name] for p in two["curve"]] == pytest.approx([p[name] for p in one["curve"]], abs=1e-4)
+        assert two["original"][name] == pytest.approx(one["original"][name], abs=1e-4)
+    assert two["curve"][-1]["loss"] != two["curve"][0]["loss"]
+    first, second = (
+        GroupFormerForCausalLM.from_pretrained(tmp_path / str(processes) / "out").state_dict() for processes in (1, 2)
+    )
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=0.02, atol=1e-3)  # bfloat16

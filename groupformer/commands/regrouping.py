@@ -1,5 +1,6 @@
 """`groupformer regroup`, `expand` and `uptrain`: fewer key-value heads, more of them, and what was lost won back."""
 
+import os
 import re
 from collections.abc import Mapping
 from enum import Enum
@@ -341,6 +342,8 @@ def uptrain(
         results = uptraining.uptrain(
             recipe, output, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints
         )
+    if os.environ.get("RANK", "0") != "0":  # torchrun's and accelerate's: the first process prints
+        return
     if as_json:
         print_json(results)
         return

@@ -9,6 +9,7 @@ that the student generates, for prompts and rewards. What is needed is one loss 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +130,13 @@ class UptrainRecipe:
             )
 
     @property
+    def rows_per_step(self) -> int:
+        """Of all processes that torchrun or `accelerate launch` has started."""
+        return self.batch_size * self.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.row_length * self.batch_size * self.gradient_accumulation_steps
+        return self.row_length * self.rows_per_step
 
     @property
     def steps(self) -> int:
@@ -144,7 +150,9 @@ class DistillationTrainer(PackedTrainer):
     def __init__(self, *args, teacher: Any, recipe: UptrainRecipe, **kwargs):
         super().__init__(*args, **kwargs)
         self.recipe = recipe
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.teacher: Any = None
+        if teacher is not None:
+            self.teacher = shard(teacher).eval() if self.is_fsdp_enabled else teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -319,7 +327,7 @@ def repeat_to_length(rows: Any, recipe: UptrainRecipe) -> Any:
 
     Trainer would end each pass over them with a batch that is not full, and see fewer tokens than it was asked to.
     """
-    needed = recipe.steps * recipe.batch_size * recipe.gradient_accumulation_steps
+    needed = recipe.steps * recipe.rows_per_step
     return rows if len(rows) >= needed else rows.select([index % len(rows) for index in range(needed)])
 
 
@@ -422,7 +430,8 @@ def uptrain(
     arguments = training_arguments(recipe, output, resumed=checkpoint is not None)
     inputs: list[str | Path] = [*expand([*recipe.train_files, *recipe.validation_files]), *sources]
     inputs.append(recipe.tokenizer or recipe.model)
-    prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
+    with arguments.main_process_first(local=False):
+        prepare_output(output, resume=resume, overwrite=overwrite, inputs=inputs)
     on_interrupt = SaveOnInterrupt()
     shared: dict[str, Any] = dict(
         args=arguments,
@@ -443,7 +452,7 @@ def uptrain(
         trainer.accelerator.wait_for_everyone()  # a process that comes late would find the output not empty
         if trainer.is_world_process_zero():
             keep_settings(output, settings)
-    original = None if teacher is None else PackedTrainer(model=teacher, **shared).evaluate()
+    original = None if teacher is None else evaluate_alone(teacher, shared)
     with on_interrupt:
         trainer.train(resume_from_checkpoint=checkpoint)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -458,9 +467,44 @@ def uptrain(
     }
     if original is not None:
         results["original"] = {"loss": original["eval_loss"], "bits_per_byte": original["eval_bits_per_byte"]}
-    save(model, tokenizer, output, dtype)
+    whole = gather(trainer, recipe)
+    if trainer.is_world_process_zero():
+        save(whole, tokenizer, output, dtype)
     write_results(trainer, output, results, keep_checkpoints=keep_checkpoints)
+    trainer.accelerator.wait_for_everyone()  # to whoever comes later, the output is whole
     return results
+
+
+def shard(model: Any) -> Any:
+    """The model with its weights split over all processes, layer by layer, as FSDP2 splits the student."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def evaluate_alone(model: Any, shared: dict[str, Any]) -> dict[str, float]:
+    """Scores of a model that is not trained."""
+    trainer = PackedTrainer(model=model, **shared)
+    trainer.is_fsdp_enabled = False  # what is sharded already; accelerate shards a model with its optimizer only
+    return trainer.evaluate()
+
+
+def gather(trainer: DistillationTrainer, recipe: UptrainRecipe) -> Any:
+    """The trained model, whole; where FSDP shards it, the first process builds it anew from what all processes hold,
+    and the others get `None`."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_fsdp_enabled:
+        return model
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    whole: Any = load_checked(AutoModelForCausalLM, recipe.model, dtype=torch.float32)
+    whole = add_lora(whole, recipe) if recipe.lora else whole
+    whole.load_state_dict(state)
+    return whole
 
 
 def train_attention_only(model: Any) -> None:
