@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig
 
 from groupformer import GroupFormerConfig, GroupFormerForCausalLM
+from groupformer.measuring.cache import cache_bytes_per_token
 
 
 KV_HEADS = {"MHA": 8, "GQA": 2, "MQA": 1}
@@ -121,28 +123,37 @@ def measure_speed(options: argparse.Namespace, until: float) -> dict[str, Any]:
     return json.loads((folder / "speed-gpu.json").read_text())
 
 
-def measure_healing(options: argparse.Namespace, until: float) -> dict[str, Any]:
-    """Bits per byte and seconds of each state: original, merged, healed, uptrained."""
+def measure_healing(options: argparse.Namespace, until: float, states: dict[str, Any]) -> dict[str, Any]:
+    """Of each state, original, merged, healed and uptrained: bits per byte, KV heads, cache, seconds, tokens read.
+
+    They are written into `states` one by one, so that those are kept that a failure or the time's end leaves.
+    """
     original, folder = options.checkpoint, options.output
     merged, healed, uptrained = (folder / name for name in ("merged", "healed", "uptrained"))
     text = ["--text", options.train, "--device", options.device]
     tokens = "2048" if options.tiny else "200000"
     calibration = ["--calibration", options.train, "--device", options.device, "--overwrite"]
-    states: dict[str, Any] = {"original": {"bits_per_byte": evaluate("eval-original", original, options, until)}}
 
-    def state(name: str, target: Path, *words: str) -> None:
-        seconds = run(name, options, "groupformer", *words, until=until)
-        states[name] = {"seconds": seconds, "bits_per_byte": evaluate(f"eval-{name}", target, options, until)}
-        (folder / "healing.json").write_text(json.dumps(states))
+    def record(name: str, target: Path, **costs: float) -> None:
+        config = AutoConfig.from_pretrained(target)
+        bits_per_byte = evaluate(f"eval-{name}", target, options, until)
+        cache = cache_bytes_per_token(config, torch.bfloat16)
+        heads = config.num_key_value_heads
+        states[name] = {"bits_per_byte": bits_per_byte, "kv_heads": heads, "cache_bytes_per_token": cache, **costs}
 
+    def state(name: str, target: Path, *words: str, **costs: float) -> None:
+        record(name, target, seconds=run(name, options, "groupformer", *words, until=until), **costs)
+
+    record("original", original)
     state("merged", merged, "regroup", str(original), str(merged), "--kv-heads", "1", *calibration)
-    state("healed", healed, "heal", str(merged), str(original), str(healed), *text, "--tokens", tokens, "--overwrite")
+    words = ["heal", str(merged), str(original), str(healed), *text, "--tokens", tokens, "--overwrite"]
+    state("healed", healed, *words, tokens=int(tokens))
     left = until - time.monotonic()
     tokens = "2048" if options.tiny else str(int(0.6 * left * TOKENS_PER_SECOND[options.device]))
     words = ["uptrain", str(healed), "--teacher", str(original), "--data", options.train, "--tokens", tokens]
     words += ["--output", str(uptrained), "--device", options.device, "--overwrite", "--evaluations", "1"]
-    state("uptrained", uptrained, *words, *(["--row-length", "64"] if options.tiny else []))
-    states["uptrained"]["tokens"] = int(tokens)
+    words += ["--row-length", "64"] if options.tiny else []
+    state("uptrained", uptrained, *words, tokens=int(tokens))
     return states
 
 
@@ -176,7 +187,7 @@ def main() -> None:
     steps = {
         "kernels": (0.1, lambda until: check_kernels(options)),
         "speed": (0.45, lambda until: measure_speed(options, until)),
-        "heal": (0.8, lambda until: measure_healing(options, until)),
+        "heal": (0.8, lambda until: measure_healing(options, until, report.setdefault("heal", {}))),
         "served": (1.0, lambda until: measure_serving(options, until)),
     }
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
@@ -188,7 +199,7 @@ def main() -> None:
         try:
             report[name] = step(started + share * options.minutes * 60)
         except (subprocess.SubprocessError, RuntimeError, ValueError) as error:
-            report[name] = {"failed": str(error)[-2000:]}
+            report[name] = report.get(name, {}) | {"failed": str(error)[-2000:]}
         print(f"{name}: {time.monotonic() - started:.0f} s, {str(report[name])[:300]}", flush=True)
         (options.output / "on_gpu.json").write_text(json.dumps(report, indent=1))
     print(f"{options.output / 'on_gpu.json'} is written")

@@ -2,7 +2,8 @@
 
 The study's numbers are those of `make study`, one file in docs/data for each checkpoint. Where new cells lie in
 runs/study, they are condensed into these files first; a checkout without them works from the files as they are. The
-README's numbers are in benchmarks/results/smollm2.json. Generated tables and captions stand between two marks each;
+README's numbers are in benchmarks/results/smollm2.json. A report of `benchmarks.on_gpu` in runs/on-gpu is taken over
+and becomes benchmarks/results/on_gpu.md and its picture. Generated tables and captions stand between two marks each;
 the text around them is written by hand.
 """
 
@@ -31,6 +32,8 @@ PAGE = ROOT / "docs" / "regroup.md"
 README = ROOT / "README.md"
 REAL = ROOT / "benchmarks" / "results" / "smollm2.json"
 REAL_PICTURE = ROOT / "docs" / "images" / "smollm2.png"
+GPU_RUN = ROOT / "runs" / "on-gpu" / "on_gpu.json"
+GPU = ROOT / "benchmarks" / "results" / "on_gpu.json"  # .md and .png beside it
 BYTES_PER_NUMBER = 2  # bfloat16
 
 SETTING = ("checkpoint", "documents")
@@ -315,9 +318,8 @@ def write_tables(page: str, name: str, study: dict[str, Any]) -> str:
 # The README's checkpoint ---------------------------------------------------------------------------------------------
 
 
-def draw_states(real: dict[str, Any], path: Path) -> None:
+def draw_states(states: list[dict[str, Any]], path: Path) -> None:
     """Two rows of bars, the cache and the bits per byte, with a bar for each state: original, merged, healed."""
-    states = real["states"]
     start = states[0]["bits_per_byte"]
     colors = [SCRATCH, MEAN, SVD, UPTRAINED]
     pyplot.rcParams.update({"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK})
@@ -372,24 +374,95 @@ def states_caption(real: dict[str, Any]) -> str:
     return textwrap.fill(" ".join(sentences), 119, break_on_hyphens=False)
 
 
-def states_table(real: dict[str, Any]) -> str:
-    start = real["states"][0]["bits_per_byte"]
+def states_table(states: list[dict[str, Any]]) -> str:
+    """A row for each state, the first being the original. Seconds are CPU seconds where the states have them."""
+    start = states[0]["bits_per_byte"]
+    seconds = "cpu_seconds" if any("cpu_seconds" in state for state in states) else "seconds"
     rows = [
         [
             f"{state['name']} ({kv_head_count(state['kv_heads'])})",
             f"{state['cache_bytes_per_token']:,} bytes",
             f"{state['tokens']:,}" if "tokens" in state else "",
-            f"{state['cpu_seconds']:,}" if "cpu_seconds" in state else "",
+            f"{state[seconds]:,.0f}" if seconds in state else "",
             f"{state['bits_per_byte']:.3f}" + (f" ({above(state['bits_per_byte'], start)})" if row else ""),
         ]
-        for row, state in enumerate(real["states"])
+        for row, state in enumerate(states)
     ]
-    return markdown(["state", "cache a token (bfloat16)", "tokens read", "CPU seconds", "bits per byte"], rows)
+    names = {"cpu_seconds": "CPU seconds", "seconds": "seconds"}
+    return markdown(["state", "cache a token (bfloat16)", "tokens read", names[seconds], "bits per byte"], rows)
 
 
 def write_states(readme: str, real: dict[str, Any]) -> str:
     readme = between_marks(readme, "smollm2 caption", states_caption(real))
-    return between_marks(readme, "smollm2 table", states_table(real))
+    return between_marks(readme, "smollm2 table", states_table(real["states"]))
+
+
+# A GPU's report ------------------------------------------------------------------------------------------------------
+
+
+def healing_states(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of the checkpoint that were reached: original, merged, healed, uptrained."""
+    return [{"name": name, **state} for name, state in report.get("heal", {}).items() if isinstance(state, dict)]
+
+
+def kernels_table(kernels: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["case"], f"{row['error']:.4f}", f"{row['eager_error']:.4f}", "yes" if row["is_right"] else "**no**"]
+        for row in kernels
+    ]
+    return markdown(["case", "largest error of a logit", "eager's", "right"], rows)
+
+
+def speed_table(speed: dict[str, Any]) -> str:
+    """Milliseconds and ratios to transformers' Llama, with quartiles."""
+    rows = []
+    for row in speed["rows"]:
+        for name, run in row["runs"].items():
+            low, high = run["ratio_quartiles"]
+            memory = f"{run['memory_ratio']:.2f}" if "memory_ratio" in run else ""
+            ratio = f"{run['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            rows.append([row["case"], name, f"{1e3 * run['seconds']:.1f}", ratio, memory])
+    return markdown(["case", "model", "ms", "ratio", "peak memory, ratio"], rows)
+
+
+def served_table(served: dict[str, Any]) -> str:
+    rows = []
+    for row in served["rows"]:
+        first = row["models"][0]
+        for model in row["models"]:
+            predicted = f"{first['bytes_per_token'] / model['bytes_per_token']:.2f}"
+            speed = [f"{model['tokens_per_second']:,.0f}", f"{model['ratio']:.2f}", predicted]
+            times = [f"{model['next_ms']:.1f}", f"{model['first_ms']:,.0f}"]
+            rows.append([f"{row['context']:,}", str(row["concurrency"]), model["name"], *speed, *times])
+    header = ["context", "at once", "model", "tokens a second", "ratio", "predicted", "ms a token", "ms to the first"]
+    return markdown(header, rows)
+
+
+def gpu_page(report: dict[str, Any]) -> str:
+    """A section for each step that was run; one that failed or was left out says so."""
+    machine = report["machine"]
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    parts = ["# On a GPU", f"`python -m benchmarks.on_gpu`, on {machine['device']}; {versions}."]
+    tables = {
+        "kernels": ("Attention's kernels in bfloat16, against float32", kernels_table),
+        "speed": ("Beside transformers' Llama", speed_table),
+        "heal": ("Fewer KV heads, healed and uptrained", states_table),
+        "served": ("In vLLM", served_table),
+    }
+    for step, (title, table) in tables.items():
+        if step in report:
+            failures = [f"{word}: {report[step][word]}" for word in ("failed", "left_out") if word in report[step]]
+            result = healing_states(report) if step == "heal" else [] if failures else report[step]
+            parts += [f"## {title}", *([table(result)] if result else []), *failures]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_gpu(report: dict[str, Any], target: Path) -> None:
+    """The report as JSON, its page, and the picture of its healed checkpoint where there is one."""
+    target.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    target.with_suffix(".md").write_text(gpu_page(report), encoding="utf-8")
+    if len(states := healing_states(report)) > 1:
+        draw_states(states, target.with_suffix(".png"))
 
 
 def main() -> None:
@@ -405,8 +478,14 @@ def main() -> None:
             page = write_tables(page, study.name, known)
     PAGE.write_text(page, encoding="utf-8")
     real = json.loads(REAL.read_text(encoding="utf-8"))
-    draw_states(real, REAL_PICTURE)
+    draw_states(real["states"], REAL_PICTURE)
     README.write_text(write_states(README.read_text(encoding="utf-8"), real), encoding="utf-8")
+    if GPU_RUN.exists():
+        report = json.loads(GPU_RUN.read_text(encoding="utf-8"))
+        if report["machine"]["device"] == "cpu":
+            print(f"{GPU_RUN} was measured on a CPU, which only shows that the script works; left out")
+        else:
+            write_gpu(report, GPU)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,31 @@ def test_the_readme_s_caption_table_and_picture_are_those_of_its_data(tmp_path):
     assert readme == FIGURES.write_states(readme, real)
     for state in real["states"]:  # 30 layers of 64 features to a head, a key and a value, 2 bytes each
         assert state["cache_bytes_per_token"] == 30 * 64 * 2 * 2 * state["kv_heads"]
-    FIGURES.draw_states(real, tmp_path / "figure.png")
+    FIGURES.draw_states(real["states"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_gpu_script_s_report_becomes_a_page_and_a_picture(tmp_path):
+    """Run on a CPU, at sizes that only show that it works."""
+    text, run = ROOT / "groupformer" / "samples" / "river.txt", tmp_path / "run"
+    command = [sys.executable, "-m", "benchmarks.on_gpu", "--device", "cpu", "--tiny", "--checkpoint", "hub_card"]
+    command += ["--train", str(text), "--test", str(text), "--output", str(run)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    report = json.loads((run / "on_gpu.json").read_text())
+    FIGURES.write_gpu(report, tmp_path / "on_gpu.json")
+    page = (tmp_path / "on_gpu.md").read_text()
+    assert re.findall("^## (.*)$", page, re.MULTILINE) == [
+        "Attention's kernels in bfloat16, against float32",
+        "Beside transformers' Llama",
+        "Fewer KV heads, healed and uptrained",
+        "In vLLM",
+    ]
+    assert "failed" not in page and "| MQA, sdpa, window | 0." in page
+    for state, heads in {"original": "8 KV heads", "merged": "1 KV head", "uptrained": "1 KV head"}.items():
+        assert f"| {state} ({heads}) |" in page
+    assert f"{report['heal']['healed']['bits_per_byte']:.3f} (+" in page
+    assert (tmp_path / "on_gpu.png").stat().st_size > 10_000
 
 
 def test_a_kv_head_of_the_reference_keeps_what_its_card_says():
