@@ -1,11 +1,13 @@
 """Writes safetensors files tensor by tensor: import, export and regroup all write their checkpoints here.
 
 What is to be written comes as pieces, in the model's order. A piece knows the names, dtypes and shapes of its tensors
-before any data is read, and reads their data when it is written, so that one piece is in memory at a time.
+before any data is read. Some are copied; the others are computed, each while the one before and what is copied between
+them are written, so that two such pieces are in memory at a time.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -31,7 +33,7 @@ class Piece:
 
     Args:
         entries: Their names in the new file, with dtypes and shapes.
-        tensors: Returns them, in the order of `entries`; called once, when they are written.
+        tensors: Computes them, in the order of `entries`; called once, in a thread.
         copy: Instead of `tensors`, writes the data of a single entry to a file as they are.
     """
 
@@ -44,12 +46,9 @@ class Piece:
         """Its size in bytes."""
         return sum(entry.size for entry in self.entries.values())
 
-    def write(self, file: BinaryIO, advance: Advance) -> None:
-        if self.copy is not None:
-            self.copy(file, advance)
-            return
-        assert self.tensors is not None
-        for tensor, (name, entry) in zip(self.tensors(), self.entries.items(), strict=True):
+    def write(self, tensors: Sequence[torch.Tensor], file: BinaryIO, advance: Advance) -> None:
+        """Writes what was computed to a file."""
+        for tensor, (name, entry) in zip(tensors, self.entries.items(), strict=True):
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
                 raise RuntimeError(f"{name} was announced as {entry}, but is {tensor.dtype} {tuple(tensor.shape)}")
             write_all(file, bytes_of(tensor))
@@ -94,17 +93,36 @@ def write_shards(
     contents = [{name: entry for piece in shard for name, entry in piece.entries.items()} for shard in shards]
     total = sum(piece.size for shard in shards for piece in shard)
     files = shard_names(len(shards))
-    for number, (shard_file, shard, content) in enumerate(zip(files, shards, contents), start=1):
+    with ThreadPoolExecutor(1) as pool:
+        take = compute_ahead((piece for shard in shards for piece in shard), pool)
+        for number, (shard_file, shard, content) in enumerate(zip(files, shards, contents), start=1):
 
-        def advance(written: int, number: int = number) -> None:
-            progress(number, len(shards), written, total)
+            def advance(written: int, number: int = number) -> None:
+                progress(number, len(shards), written, total)
 
-        with open(folder / shard_file, "wb", buffering=0) as file:
-            write_all(file, header_of(content))
-            for piece in shard:
-                piece.write(file, advance)
+            with open(folder / shard_file, "wb", buffering=0) as file:
+                write_all(file, header_of(content))
+                for piece in shard:
+                    if piece.copy is not None:
+                        piece.copy(file, advance)
+                    else:
+                        piece.write(take(), file, advance)
     if len(shards) > 1:
         write_index(folder, dict(zip(files, contents)))
+
+
+def compute_ahead(pieces: Iterable[Piece], pool: Executor) -> Callable[[], Sequence[torch.Tensor]]:
+    """Begins with the first piece that is computed. Each call returns the next one's tensors and begins another."""
+    waiting = [piece.tensors for piece in reversed(list(pieces)) if piece.tensors is not None]
+    begun = [pool.submit(waiting.pop())] if waiting else []
+
+    def take() -> Sequence[torch.Tensor]:
+        tensors = begun.pop().result()
+        if waiting:
+            begun.append(pool.submit(waiting.pop()))
+        return tensors
+
+    return take
 
 
 def plan_shards(pieces: Iterable[Piece], max_bytes: int) -> list[list[Piece]]:

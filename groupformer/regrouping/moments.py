@@ -34,8 +34,7 @@ class Moment:
     def matrix(self, has_bias: bool) -> torch.Tensor:
         """E[x xᵀ] plus the ridge; with a bias, of (x, 1): one row and column more."""
         second, mean = self.products / self.count, self.total / self.count
-        size = second.shape[0]
-        second = second + RIDGE * second.diagonal().mean() * torch.eye(size, dtype=second.dtype)
+        second.diagonal().add_(RIDGE * second.diagonal().mean())
         if not has_bias:
             return second
         return torch.cat((torch.cat((second, mean[:, None]), 1), torch.cat((mean, mean.new_ones(1)))[None]))
@@ -62,8 +61,8 @@ def moment_from_norm(norm: Callable[[torch.Tensor], torch.Tensor] | None, size: 
     mean, ones = (norm(each).double()[0] for each in (torch.zeros(1, size), torch.ones(1, size)))
     weight = (norm(unit.float()).double()[0] - mean) / unit[0]
     is_centred = bool((ones - mean).abs().max() < 1e-2 * weight.abs().max())
-    spread = torch.eye(size, dtype=torch.float64) - (1 / size if is_centred else 0)
-    return Moment(weight[:, None] * spread * weight + torch.outer(mean, mean), mean.clone(), 1)
+    products = torch.diag(weight.square()) + torch.outer(mean, mean)
+    return Moment(products - torch.outer(weight, weight / size) if is_centred else products, mean.clone(), 1)
 
 
 def check_calibration(calibration: torch.Tensor, config: PreTrainedConfig) -> None:

@@ -110,13 +110,18 @@ class FolderSource:
         return {inner: self.read(name) for inner, name in self.names(path).items()}
 
     def load_module(self, model: PreTrainedModel, path: str) -> None:
-        tensors = {name: self.checkpoint.read(name) for name in self.names(path).values()}
+        module, names = model.get_submodule(path), self.names(path)
+        tensors = {inner: self.checkpoint.read(name) for inner, name in names.items()}
+        shapes = {inner: tensor.shape for inner, tensor in module.state_dict().items()}
+        if shapes == {inner: tensor.shape for inner, tensor in tensors.items()}:  # nothing to convert
+            module.load_state_dict(tensors, assign=True)
+            return
         dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-        for module in model.get_submodule(path).modules():  # so that the loader makes no copies in another dtype
-            for name, parameter in module._parameters.items():
-                module._parameters[name] = None if parameter is None else on_meta(parameter.to(dtype))
-        load_checkpoint_tensors(model, tensors)
-        for name, tensor in model.get_submodule(path).named_parameters():
+        for child in module.modules():  # so that the loader makes no copies in another dtype
+            for name, parameter in child._parameters.items():
+                child._parameters[name] = None if parameter is None else on_meta(parameter.to(dtype))
+        load_checkpoint_tensors(model, {names[inner]: tensor for inner, tensor in tensors.items()})
+        for name, tensor in module.named_parameters():
             if tensor.is_meta:
                 raise ValueError(f"{self.where} lacks {path}.{name}: it does not fit its config.json")
 
@@ -178,8 +183,26 @@ def is_tied(model: PreTrainedModel, name: str) -> bool:
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Refuses NaN and infinity: they would spread over whole layers."""
-    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # torch has no isfinite for float8
-    # Both are NaN where there is one. Thirty times as fast as a mask, in bfloat16.
-    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+    if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
         raise ValueError(f"{where}: {name} holds numbers that are not finite (NaN or infinity); repair the checkpoint")
+
+
+# The bits of infinity as an integer of the same size; those of NaN are greater.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INFINITY = {
+    dtype: torch.tensor(math.inf, dtype=dtype).view(INTEGERS[dtype.itemsize]).item()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite.
+
+    On the CPU the numbers are read as integers, signed for the positive ones and unsigned for the negative. NumPy
+    finds the greatest in a quarter of the time that torch takes for the extremes of bfloat16.
+    """
+    if tensor.dtype not in INFINITY or not tensor.is_cpu:
+        return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
+    size, infinity = tensor.dtype.itemsize, INFINITY[tensor.dtype]
+    bits = tensor.detach().contiguous().view(INTEGERS[size]).numpy()
+    return bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1)
