@@ -123,17 +123,47 @@ def test_info_and_plan_read_the_counts_without_running_the_code_beside_them(tmp_
     assert "DeciLMForCausalLM" in facts["held_by"] and "GGUF deci" in facts["held_by"]
     planned = CliRunner().invoke(app, ["plan", str(tmp_path / "new")])
     assert "KV heads: GroupFormerForCausalLM, DeciLMForCausalLM, GGUF deci" in planned.stdout
-    assert "regroup ORIGINAL small" in planned.stdout
+    assert f"regroup {tmp_path / 'new'} small" in planned.stdout
 
 
-@pytest.mark.parametrize("command", ["regroup {} {} --kv-heads 1", "bench {}", "import {} {}"])
-def test_what_cannot_read_decilm_says_so_without_a_question(tmp_path, command):
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_import_gives_back_the_groupformer(tmp_path, shape):
+    model = saved(tmp_path / "ours", **SHAPES[shape])
+    export_decilm(tmp_path / "ours", tmp_path / "new")
+    outcome = CliRunner().invoke(app, ["import", str(tmp_path / "new"), str(tmp_path / "back")])
+    assert outcome.exit_code == 0, outcome.output
+    imported = groupformer.import_model(tmp_path / "new")
+    loaded = GroupFormerForCausalLM.from_pretrained(tmp_path / "back")
+    ids = random_ids(2, 21)
+    for again in (imported, loaded):
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    export_decilm(tmp_path / "back", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(second[name], first[name]) for name in first)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("new", "again")]
+    assert configs[0]["block_configs"] == configs[1]["block_configs"]
+
+
+def test_regroup_takes_it_as_the_groupformer_that_it_is(tmp_path):
+    groupformer.regroup(saved(tmp_path / "original"), {0: 2}).save_pretrained(tmp_path / "ours")
+    export_decilm(tmp_path / "ours", tmp_path / "new")
+    for name in ("ours", "new"):
+        words = ["regroup", str(tmp_path / name), str(tmp_path / f"{name}-small"), "--kv-heads", "0:1,2:2"]
+        outcome = CliRunner().invoke(app, words)
+        assert outcome.exit_code == 0, outcome.output
+    expected, found = (load_file(tmp_path / f"{name}-small" / "model.safetensors") for name in ("ours", "new"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    export_decilm(tmp_path / "new-small", tmp_path / "small")
+    entries = json.loads((tmp_path / "small" / "config.json").read_text())["regrouping"]
+    assert [entry["to"] for entry in entries] == [[2, 4, 4], [1, 4, 2]]
+
+
+def test_what_cannot_read_decilm_says_so_without_a_question(tmp_path):
     saved(tmp_path / "ours", per_layer_config=BY_LAYER)
     export_decilm(tmp_path / "ours", tmp_path / "new")
-    words = command.format(tmp_path / "new", tmp_path / "out").split()
-    outcome = CliRunner().invoke(app, words, input="")
+    outcome = CliRunner().invoke(app, ["bench", str(tmp_path / "new")], input="")
     assert isinstance(outcome.exception, ValueError) and "trust_remote_code" not in str(outcome.exception)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])

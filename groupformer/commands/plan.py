@@ -47,7 +47,6 @@ def plan_command(
 
     Example: groupformer plan meta-llama/Llama-2-7b-hf --context 8192 --batch 16 --gpu-memory 80 --bandwidth 3350
     """
-    from ..conversion.decilm.configuration_decilm import DeciLMConfig
     from ..conversion.formats import classes_for
     from ..conversion.sources import require
     from ..families.registry import is_groupformer
@@ -108,6 +107,5 @@ def plan_command(
             f"tokens fit; regroup gives {'GroupFormerForCausalLM' if is_ours else held_by[fitting.kv_heads].result}"
         )
     if wanted is not None:
-        # What was exported to DeciLM is not regrouped again, but what it was made from.
-        name = "ORIGINAL" if model.model_type == DeciLMConfig.model_type else source or "SRC"
-        typer.echo(f"next: groupformer regroup {quoted(name)} small --kv-heads {wanted.kv_heads} --calibration TEXT")
+        name = quoted(source or "SRC")
+        typer.echo(f"next: groupformer regroup {name} small --kv-heads {wanted.kv_heads} --calibration TEXT")

@@ -12,7 +12,20 @@ from ..families.registry import FAMILIES, family_named
 from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import Entry, Source
 from .configs import read_config, write_config
-from .weights import KINDS, Group, Plan, Shapes, build_plan, check_tensors, kind_of, native_class, native_name
+from .decilm.configs import read_decilm_config
+from .decilm.configuration_decilm import DeciLMConfig
+from .weights import (
+    KINDS,
+    Group,
+    Plan,
+    Shapes,
+    build_plan,
+    check_tensors,
+    kind_of,
+    native_class,
+    native_name,
+    plan_of_same_names,
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,10 @@ def plan_import(native_config: PreTrainedConfig, class_name: str | None) -> Conv
     Raises:
         ValueError: an unknown or refused family, kind of model, or field.
     """
+    if isinstance(native_config, DeciLMConfig):
+        our_config = read_decilm_config(native_config)
+        plan = plan_of_same_names("ForCausalLM", our_config)
+        return Conversion(FAMILIES["llama"], "ForCausalLM", True, native_config, our_config, plan)
     family, kind = family_named(native_config.model_type), kind_of(class_name)
     our_config = read_config(native_config, family)
     plan = build_plan(family, kind, native_config, our_config)

@@ -26,6 +26,7 @@ from ..model import tokenization_groupformer
 from ..model.configuration_groupformer import GroupFormerConfig
 from .checkpoint import BinSource, SafetensorsSource, Source, open_checkpoint
 from .convert import Conversion, file_name, plan_export, plan_import, source_names, target_entries
+from .decilm.configuration_decilm import DeciLMConfig
 from .loading import errors_only, load_checked, load_tokenizer
 from .shards import MAX_SHARD_BYTES, Piece, Progress, ignore_progress, unchanged, write_shards
 from .sources import check_on_hub, check_source, first_line, is_adapter, is_gguf
@@ -135,6 +136,8 @@ def read_native_config(folder: Path) -> PreTrainedConfig:
     content = read_json(folder / "config.json")
     if content.get("model_type") == GroupFormerConfig.model_type:
         raise ValueError(f"{folder} is a GroupFormer already; load it with from_pretrained")
+    if content.get("model_type") == DeciLMConfig.model_type:
+        return DeciLMConfig.from_dict(content)
     family = family_named(content.get("model_type"))
     config = CONFIG_MAPPING[family.model_type].from_pretrained(folder)
     config._attn_implementation = None  # whatever the file names, a kernel on the Hub too, is not needed to convert

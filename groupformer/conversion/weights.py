@@ -144,6 +144,13 @@ def build_plan(family: Family, kind: str, native_config: PreTrainedConfig, our_c
     return Plan(groups, native_shapes, our_shapes, prefix)
 
 
+def plan_of_same_names(kind: str, our_config: GroupFormerConfig) -> Plan:
+    """The plan for a checkpoint whose tensors have the names and shapes of ours."""
+    shapes = shapes_of(KINDS[kind][0], our_config)
+    groups = [make_group((name,), (name,), RENAME, our_config, shapes) for name in shapes]
+    return Plan(groups, shapes, shapes, "model.")
+
+
 def expand(table: Mapping[str, str | Weights], num_layers: int) -> Iterable[tuple[str, Weights]]:
     """A weight table with layer numbers for `*`, in the model's order: embeddings, layers, the rest."""
     rows = [(name, row if isinstance(row, Weights) else Weights(row)) for name, row in table.items()]

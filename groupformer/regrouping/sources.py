@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..conversion.checkpoint import open_checkpoint
+from ..conversion.decilm.configs import read_decilm_config
+from ..conversion.decilm.configuration_decilm import DeciLMConfig
 from ..conversion.folders import class_name_of, read_json
 from ..conversion.loading import config_of_known_class, refused_by_library
 from ..conversion.weights import check_tensors, shapes_of
@@ -137,6 +139,8 @@ def read_config_and_class(folder: Path, content: dict[str, Any]) -> tuple[PreTra
         return config, getattr(modeling_groupformer, class_name_of(config) or "GroupFormerForCausalLM")
     with refused_by_library(folder):
         config = config_of_known_class(folder)
+    if isinstance(config, DeciLMConfig):  # Llama with counts by layer, whose tensors have the names of ours
+        return read_decilm_config(config), modeling_groupformer.GroupFormerForCausalLM
     config._attn_implementation = None
     name = class_name_of(config)
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if name is None else getattr(transformers, name, None)

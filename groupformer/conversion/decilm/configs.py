@@ -85,4 +85,7 @@ def read_decilm_config(config: DeciLMConfig) -> GroupFormerConfig:
     known = declared_fields(LlamaConfig)
     fields = {name: value for name, value in config.to_dict().items() if name in known}
     llama = LlamaConfig(**{**fields, **layers[0], "architectures": None})
-    return GroupFormerConfig(**{**read_config(llama, FAMILIES["llama"]).to_dict(), "per_layer_config": layers})
+    ours = GroupFormerConfig(**{**read_config(llama, FAMILIES["llama"]).to_dict(), "per_layer_config": layers})
+    if regrouping := getattr(config, "regrouping", None):  # what was done to the heads stays readable, and goes on
+        ours.regrouping = regrouping
+    return ours
