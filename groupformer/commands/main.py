@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
     name="groupformer",
-    help="Transformers whose attention sharing, from multi-head to multi-query, is yours to choose and to change.",
+    help="Fewer key-value heads for the checkpoint that you have: a smaller cache, in the class that it came in.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -17,7 +17,7 @@ import typer
 from ..conversion.sources import check_source, check_tokenizer_source
 
 
-LOOK, TRAIN, CONVERT, RUN = "Look", "Train and measure", "Convert and regroup", "Run and share"
+LOOK, TRAIN, CONVERT, RUN = "Look", "Measure and train", "Regroup and convert", "Run and share"
 
 
 class Dtype(str, Enum):
