@@ -1,17 +1,20 @@
 """What a native checkpoint loses with fewer key-value heads: merged, healed, uptrained; and its cache.
 
-    python -m benchmarks.native_study SmolLM2-135M-Instruct --data ../data/textbooks --kv-heads 1
+    python -m benchmarks.native_study SmolLM2-135M-Instruct --data ../data/textbooks --kv-heads 1 --tasks ../data/tasks
+    python -m benchmarks.native_study SmolLM2-135M-Instruct --data ../data/textbooks --kv-heads auto --budget 0.5
 
 Each state is a folder below --output, as the commands write it, with its figures in a file beside it. What is there is
 not made again, so a study that was cut off goes on where it stopped. Bits per byte are those of `groupformer eval` in
 windows of 512 tokens (by bfloat16 where the machine multiplies faster in it); the divergence is from the original, on
-the first 512 tokens of each document.
+the first 512 tokens of each document. With --tasks each state also gets its points in `benchmarks.zero_shot`, but for
+the merges that are near chance.
 """
 
 import argparse
 import json
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import groupformer
 from groupformer.commands.tables import print_table
 from groupformer.conversion.loading import best_device
-from groupformer.measuring.cache import cache_bytes_per_token, kv_heads_of
+from groupformer.measuring.cache import cache_bytes_per_token, decoder_of, layer_caches
 from groupformer.measuring.evaluation import evaluate
 from groupformer.regrouping.heal_folders import heal_folder
 from groupformer.regrouping.heal_jointly import divergence_on
@@ -34,9 +37,12 @@ from groupformer.regrouping.streaming import regroup_folder
 from groupformer.training.data import read_column
 from groupformer.training.uptraining import UptrainRecipe, uptrain
 
+from .zero_shot import zero_shot
+
 
 WINDOW = 512
 METHODS = ("mean", "aligned", "svd")
+WITHOUT_POINTS = ("mean", "aligned")  # near chance
 
 
 class NativeStudy:
@@ -44,7 +50,8 @@ class NativeStudy:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.source = options, Path(options.checkpoint)
-        self.folder = Path(options.output) / f"{self.source.name}-{options.kv_heads}"
+        share = "" if options.budget is None else f"-{options.budget}"
+        self.folder = Path(options.output) / f"{self.source.name}-{options.kv_heads}{share}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.config = AutoConfig.from_pretrained(self.source)
@@ -70,7 +77,7 @@ class NativeStudy:
             bits_per_byte = evaluate(model, self.tokenizer, self.documents, window=WINDOW)["bits_per_byte"]
             divergence = divergence_on(model, original, starts)
         return {
-            "kv_heads": kv_heads_of(model.config.get_text_config()),
+            "kv_heads": statistics.mean(layer.kv_heads for layer in layer_caches(decoder_of(model.config))),
             "cache_bytes_per_token": cache_bytes_per_token(model.config, torch.bfloat16),
             "bits_per_byte": bits_per_byte,
             "divergence": divergence,
@@ -90,7 +97,11 @@ class NativeStudy:
                 figures |= {"tokens": tokens, "seconds": round(seconds), "cpu_seconds": round(cpu_seconds)}
             figures |= self.scores(folder)
             path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        self.rows.append(json.loads(path.read_text(encoding="utf-8")))
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if self.options.tasks and "points" not in figures and name not in WITHOUT_POINTS:
+            figures["points"] = zero_shot(folder, self.options.tasks)
+            path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        self.rows.append(figures)
         print(name, f"{self.rows[-1]['bits_per_byte']:.4f}", flush=True)
         return folder
 
@@ -98,21 +109,23 @@ class NativeStudy:
 def run(study: NativeStudy) -> None:
     options = study.options
     study.state("original", None)
-    for method in METHODS:
+    for method in options.methods:
 
         def merge(folder: Path, method: str = method) -> None:
             calibration = study.tokens(options.calibration_tokens)
-            regroup_folder(study.source, folder, options.kv_heads, method=method, calibration=calibration)
+            how = dict(method=method, calibration=calibration, budget=options.budget)
+            regroup_folder(study.source, folder, options.kv_heads, **how)
 
         study.state(method, merge, options.calibration_tokens)
 
     def heal(tokens: int, **fields: Any) -> Callable[[Path], Any]:
         recipe = HealRecipe(**fields)
-        merged = study.folder / METHODS[-1]
+        merged = study.folder / options.methods[-1]
         return lambda folder: heal_folder(merged, study.source, folder, study.tokens(tokens), recipe, resume=True)
 
     closed = options.closed_form_tokens
-    study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
+    if closed:
+        study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
     healed = study.state("healed", heal(options.heal_tokens), options.heal_tokens)
     if options.uptrain_tokens:
         study.state("uptrained", lambda folder: uptrained(study, healed, folder), options.uptrain_tokens)
@@ -151,18 +164,22 @@ def report(study: NativeStudy) -> None:
     }
     (study.folder / "study.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     columns = ["name", "tokens", "cpu_seconds", "cache_bytes_per_token", "bits_per_byte", "divergence"]
-    print_table(f"{study.source.name}", columns, [[row.get(column, "") for column in columns] for row in study.rows])
+    rows = [[row.get(name, "") for name in columns] + [row.get("points", {}).get("mean", "")] for row in study.rows]
+    print_table(f"{study.source.name}", [*columns, "points"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="Folder of a decoder, float32, with its tokenizer.")
     parser.add_argument("--data", required=True, help="Folder with train- and test-*.parquet.")
-    parser.add_argument("--kv-heads", type=int, required=True)
+    parser.add_argument("--kv-heads", type=lambda text: text if text == "auto" else int(text), required=True)
+    parser.add_argument("--budget", type=float, help="With --kv-heads auto, the share of the cache to keep.")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="Merges; the last one is healed.")
+    parser.add_argument("--tasks", type=Path, help="Folder of zero-shot sets, see benchmarks.zero_shot.")
     parser.add_argument("--output", default="runs/native_study")
     parser.add_argument("--documents", type=int, default=8, help="Of the test split.")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--closed-form-tokens", type=int, default=65536)
+    parser.add_argument("--closed-form-tokens", type=int, default=65536, help="0: leave that out.")
     parser.add_argument("--heal-tokens", type=int, default=196_608)
     parser.add_argument("--uptrain-tokens", type=int, default=49_152, help="0: leave that out.")
     parser.add_argument("--uptrain-learning-rate", type=float, default=2e-4)
