@@ -40,6 +40,11 @@ GENERATES = {
     "layers without rope": dict(no_rope_layers=[1, 0]),
     "yarn": dict(rope_parameters=YARN),
     "partial rope": dict(rope_parameters=HALF),
+    "rope by layer type": dict(
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
+    ),
     "heads by layer": dict(per_layer_config={0: {"num_key_value_heads": 1}}),
     "window": dict(sliding_window=4),
     "window in one layer": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
@@ -49,6 +54,7 @@ GENERATES = {
     "parallel": dict(parallel_residual=True, norm_type="layer_norm", norm_bias=False),
     "head with a bias": dict(lm_head_bias=True, tie_word_embeddings=False),
     "norm after": dict(norm_position="after"),
+    "norms before and after": dict(norm_position="both"),
     "embedding norm": dict(embedding_norm=True, position_offset=2, position_embedding_type="learned"),
 }
 SPLIT = {
