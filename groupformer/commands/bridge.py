@@ -40,7 +40,7 @@ def import_command(
 ) -> None:
     """Turn a native checkpoint (Llama, Qwen, GPT-2, Pythia, BLOOM ...) into a GroupFormer with the same logits.
 
-    It streams: memory stays near one tensor, whatever the checkpoint's size. Tokenizer files travel along as they are.
+    It streams: memory stays near two tensors whatever the checkpoint's size. Tokenizer files travel along as they are.
 
     Example: groupformer import HuggingFaceTB/SmolLM2-135M smol
     """
