@@ -147,7 +147,7 @@ def test_info_draws_who_shares_what(tmp_path):
     lines = [" ".join(line.split()) for line in run("info", tmp_path).stdout.splitlines()]
     assert "layers 0 to 1: 6 query heads on 2 KV heads (grouped-query)" in lines
     assert "query heads | 0 1 2 | 3 4 5 |" in lines and "KV head | 0 | 1 |" in lines
-    assert "layer 2: 6 query heads on 1 KV heads (multi-query: all share one)" in lines
+    assert "layer 2: 6 query heads on 1 KV head (multi-query: all share one)" in lines
 
 
 def test_info_counts(tmp_path):

@@ -50,7 +50,7 @@ def info_command(
     heads = config.num_attention_heads
     for first, last, layer in runs(caches):
         name = f"layer {first}" if first == last else f"layers {first} to {last}"
-        counts = f"{heads} query heads on {layer.kv_heads} KV heads"
+        counts = f"{heads} query heads on {layer.kv_heads} KV head{'s' * (layer.kv_heads > 1)}"
         window = f", window of {layer.window:,} tokens" if layer.window else ""
         console.print(f"\n[bold]{name}[/bold]: {counts} ({sharing(heads, layer.kv_heads)}){window}")
         for line in picture(heads, layer.kv_heads, console.width):

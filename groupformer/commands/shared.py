@@ -193,7 +193,7 @@ def print_outcome(made: str, facts: Mapping[str, Any], next_lines: Sequence[str]
     """How a command that makes something ends: what it made, figures of it, its cost, and what to type next.
 
     Example:
-        small: LlamaForCausalLM, 9 query heads on 1 KV heads, 30 layers
+        small: LlamaForCausalLM, 9 query heads on 1 KV head, 30 layers
           cache  46,080 -> 15,360 bytes a token in bfloat16 (33%)
           size   260.1 MB
           took   12.3 s, peak memory 1.20 GB

@@ -212,7 +212,10 @@ def export_folder(
     source_folder, target_folder = Path(source), Path(target).expanduser()
     content = read_json(source_folder / "config.json")
     if content.get("model_type") != GroupFormerConfig.model_type:
-        raise ValueError(f"{source} is a {content.get('model_type')!r}, not a GroupFormer; import it first")
+        raise ValueError(
+            f"{source} is a {content.get('model_type')!r}, not a GroupFormer: it can be used as it is; to convert it, "
+            "import it first"
+        )
     our_config = GroupFormerConfig.from_pretrained(source_folder)
     conversion = plan_export(our_config, class_name_of(our_config), family)
     conversion.native_config.architectures = [conversion.model_class.__name__]
