@@ -56,6 +56,7 @@ class Server:
         name: The checkpoint's name in the tables.
         config: Its folder, or that of the model that a GGUF file was written from.
         cache_tokens: Tokens that the server says its cache holds; None where it does not say.
+        computing: The processes that compute the model.
         worker: The process that is asked by lines instead, where there is no server.
     """
 
@@ -64,6 +65,7 @@ class Server:
     config: Path
     port: int
     cache_tokens: int | None
+    computing: list[int]
     worker: subprocess.Popen | None = None
 
 
@@ -86,14 +88,26 @@ def processes_of(pid: int) -> Iterator[Path]:
             yield from processes_of(int(child))
 
 
-def bind(pid: int, options: argparse.Namespace, computing: str = "") -> None:
+def bind(pid: int, options: argparse.Namespace, computing: str = "") -> list[int]:
     """Binds the threads of a process tree to cores: those of a process with `computing` in its command line, which is
-    every process by default, to the engine's; the rest to the others."""
+    every process by default, to the engine's; the rest to the others. Returns the processes that compute."""
+    found = []
     for process in processes_of(pid):
         is_computing = computing in (process / "cmdline").read_text()
+        found += [int(process.name)] if is_computing else []
         for task in (process / "task").iterdir():
             with suppress(ProcessLookupError):  # a thread that has ended since
                 os.sched_setaffinity(int(task.name), engine_cores(options) if is_computing else other_cores(options))
+    return found
+
+
+def cpu_seconds(server: Server) -> float:
+    """What the processes that compute have used, which other programs on the machine do not lengthen."""
+    ticks = 0
+    for pid in server.computing:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:
@@ -142,10 +156,10 @@ def vllm_server(checkpoint: Path, options: argparse.Namespace, log: Path) -> Ite
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "groupformer"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(engine_cores(options))))
     with running(command, environment, port, log) as pid:
-        bind(pid, options, computing="VLLM::Worker")
+        computing = bind(pid, options, computing="VLLM::Worker")
         said = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())
         tokens = None if said is None else int(said[1].replace(",", ""))
-        yield Server(log.stem, str(checkpoint), checkpoint, port, tokens)
+        yield Server(log.stem, str(checkpoint), checkpoint, port, tokens, computing)
 
 
 LLAMA_CPP = """
@@ -184,8 +198,7 @@ def llama_cpp_server(checkpoint: Path, options: argparse.Namespace, log: Path) -
     }
     command = [str(options.llama_cpp / "bin" / "python"), "-c", LLAMA_CPP, json.dumps(content)]
     with running(command, {}, port, log) as pid:
-        bind(pid, options)
-        yield Server(log.stem, str(checkpoint), config, port, tokens)
+        yield Server(log.stem, str(checkpoint), config, port, tokens, bind(pid, options))
 
 
 TRANSFORMERS = """
@@ -229,8 +242,8 @@ def transformers_worker(checkpoint: Path, options: argparse.Namespace, log: Path
     with open(log, "w") as file, subprocess.Popen(command, env=environment, stderr=file, **pipes) as worker:
         try:
             answer_of(worker, log)
-            bind(worker.pid, options)
-            yield Server(log.stem, str(checkpoint), checkpoint, 0, tokens, worker)
+            computing = bind(worker.pid, options)
+            yield Server(log.stem, str(checkpoint), checkpoint, 0, tokens, computing, worker)
         finally:
             worker.terminate()
 
@@ -264,6 +277,7 @@ def ask(server: Server, context: int, concurrency: int, options: argparse.Namesp
         command += ["--tokenizer", str(options.tokenizer or server.config), "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", str(context), "--random-output-len", str(options.new_tokens)]
         command += ["--num-prompts", str(concurrency * options.waves), "--max-concurrency", str(concurrency)]
+        command += ["--ready-check-timeout-sec", "0"]  # no request but those that are counted
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json", "--temperature", "0"]
         done = subprocess.run(
             ["taskset", "--cpu-list", ",".join(map(str, sorted(other_cores(options)))), *command],
@@ -316,10 +330,13 @@ def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str
             runs: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
             for order in turns(servers, options.rounds):
                 for server in order:
-                    runs[server.name].append(ask(server, context, concurrency, options))
+                    before = cpu_seconds(server)
+                    run = ask(server, context, concurrency, options)
+                    count = concurrency * options.waves * options.new_tokens
+                    runs[server.name].append(run | {"cpu_ms": 1e3 * (cpu_seconds(server) - before) / count})
             row: dict[str, Any] = {"context": context, "concurrency": concurrency, "models": []}
             for server in servers:
-                told = {name: value for name, value in vars(server).items() if name != "worker"}
+                told = {name: value for name, value in vars(server).items() if name not in ("worker", "computing")}
                 told |= predict(server, context, concurrency, options)
                 row["models"].append(told | summary(runs[server.name], runs[servers[0].name]))
             rows.append(row)
@@ -329,12 +346,14 @@ def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str
 
 def summary(runs: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
     """Medians over rounds, and medians of the ratios to the first server in the same round: `ratio` of tokens a
-    second, `step_ratio` of the time for each further token; above 1 means faster."""
+    second, `step_ratio` of the time for each further token, `cpu_ratio` of CPU time for each; above 1 means faster.
+    """
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     pairs = list(zip(runs, first))
     ratio = statistics.median(run["tokens_per_second"] / base["tokens_per_second"] for run, base in pairs)
     step_ratio = statistics.median(base["next_ms"] / run["next_ms"] for run, base in pairs)
-    return {**medians, "ratio": ratio, "step_ratio": step_ratio}
+    cpu_ratio = statistics.median(base["cpu_ms"] / run["cpu_ms"] for run, base in pairs)
+    return {**medians, "ratio": ratio, "step_ratio": step_ratio, "cpu_ratio": cpu_ratio}
 
 
 def lines(row: dict[str, Any]) -> list[str]:
@@ -343,13 +362,17 @@ def lines(row: dict[str, Any]) -> list[str]:
     return [
         f"| {row['context']:,} | {row['concurrency']} | {model['name']} | {model['tokens_per_second']:,.1f} "
         f"| {model['ratio']:.2f} | {first['bytes_per_token'] / model['bytes_per_token']:.2f} "
-        f"| {model['next_ms']:.1f} ({model['step_ratio']:.2f}) | {model['first_ms']:,.0f} | {model['fits']} "
+        f"| {model['next_ms']:.1f} ({model['step_ratio']:.2f}) | {model['cpu_ms']:.1f} ({model['cpu_ratio']:.2f}) "
+        f"| {model['first_ms']:,.0f} | {model['fits']} "
         f"| {model['cache_tokens'] or ''} |"
         for model in row["models"]
     ]
 
 
-COLUMNS = "context, at once, model, tokens/s, ratio, predicted, ms a token (ratio), ms to the first, fit, cache tokens"
+COLUMNS = (
+    "context, at once, model, tokens/s, ratio, predicted, ms a token (ratio), CPU ms a token (ratio), "
+    "ms to the first, fit, cache tokens"
+)
 
 
 def random_models(kind: str, folder: Path) -> list[Path]:

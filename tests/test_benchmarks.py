@@ -81,9 +81,10 @@ def test_every_family_is_timed(tmp_path):
 
 def test_servers_are_asked_in_turn_and_compared_within_a_round():
     assert list(served.turns(["a", "b"], 3)) == [["a", "b"], ["b", "a"], ["a", "b"]]
-    base = [{"tokens_per_second": speed, "next_ms": 10.0} for speed in (1.0, 2.0, 4.0)]
-    other = [{"tokens_per_second": speed, "next_ms": 5.0} for speed in (2.0, 3.0, 8.0)]
-    assert served.summary(other, base) == {"tokens_per_second": 3.0, "next_ms": 5.0, "ratio": 2.0, "step_ratio": 2.0}
+    base = [{"tokens_per_second": speed, "next_ms": 10.0, "cpu_ms": 9.0} for speed in (1.0, 2.0, 4.0)]
+    other = [{"tokens_per_second": speed, "next_ms": 5.0, "cpu_ms": 3.0} for speed in (2.0, 3.0, 8.0)]
+    ratios = {"ratio": 2.0, "step_ratio": 2.0, "cpu_ratio": 3.0}
+    assert served.summary(other, base) == {"tokens_per_second": 3.0, "next_ms": 5.0, "cpu_ms": 3.0, **ratios}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="binds by /proc")
@@ -98,7 +99,7 @@ def test_the_process_that_computes_is_bound_to_the_engine_s_cores():
         front.stdout.readline(), front.stdout.readline()  # both run
         (worker,) = [int(path.name) for path in served.processes_of(front.pid)][1:]
         try:
-            served.bind(front.pid, options, computing="Worker")
+            assert served.bind(front.pid, options, computing="Worker") == [worker]
             assert os.sched_getaffinity(worker) == {min(cores)}
             assert os.sched_getaffinity(front.pid) == (cores - {min(cores)} or cores)
         finally:
