@@ -19,6 +19,7 @@ batching (`generate_batch`) runs in a process for each checkpoint: its own serve
 
 import argparse
 import json
+import math
 import os
 import re
 import socket
@@ -351,7 +352,9 @@ def summary(runs: list[dict[str, float]], first: list[dict[str, float]]) -> dict
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     pairs = list(zip(runs, first))
     ratio = statistics.median(run["tokens_per_second"] / base["tokens_per_second"] for run, base in pairs)
-    step_ratio = statistics.median(base["next_ms"] / run["next_ms"] for run, base in pairs)
+    # The client sees no time between tokens without text, e.g. special ones, which llama.cpp keeps until the end.
+    is_timed = all(run["next_ms"] and base["next_ms"] for run, base in pairs)
+    step_ratio = statistics.median(base["next_ms"] / run["next_ms"] for run, base in pairs) if is_timed else math.nan
     cpu_ratio = statistics.median(base["cpu_ms"] / run["cpu_ms"] for run, base in pairs)
     return {**medians, "ratio": ratio, "step_ratio": step_ratio, "cpu_ratio": cpu_ratio}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -83,6 +84,7 @@ def test_servers_are_asked_in_turn_and_compared_within_a_round():
     assert list(served.turns(["a", "b"], 3)) == [["a", "b"], ["b", "a"], ["a", "b"]]
     base = [{"tokens_per_second": speed, "next_ms": 10.0, "cpu_ms": 9.0} for speed in (1.0, 2.0, 4.0)]
     other = [{"tokens_per_second": speed, "next_ms": 5.0, "cpu_ms": 3.0} for speed in (2.0, 3.0, 8.0)]
+    assert math.isnan(served.summary([{**run, "next_ms": 0.0} for run in other], base)["step_ratio"])
     ratios = {"ratio": 2.0, "step_ratio": 2.0, "cpu_ratio": 3.0}
     assert served.summary(other, base) == {"tokens_per_second": 3.0, "next_ms": 5.0, "cpu_ms": 3.0, **ratios}
 
