@@ -17,9 +17,10 @@ import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
 from groupformer.measuring.evaluation import evaluate
-from groupformer.training import uptraining
+from groupformer.training import distillation, uptraining
+from groupformer.training.distillation import DistillationLoss
 from groupformer.training.readiness import check_keeps_documents_apart
-from groupformer.training.uptraining import DistillationLoss, UptrainRecipe, load_rows, uptrain
+from groupformer.training.uptraining import UptrainRecipe, load_rows, uptrain
 
 from .helpers import randomize, tiny_config
 from .helpers_families import native_model
@@ -57,7 +58,7 @@ def recipe(folders, **overrides) -> UptrainRecipe:
 
 @pytest.mark.parametrize("kl_weight, ce_weight, temperature", [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.7, 0.3, 2.0)])
 def test_loss_and_gradient_equal_their_definition(monkeypatch, kl_weight, ce_weight, temperature):
-    monkeypatch.setattr(uptraining, "CHUNK_SIZE", 2 * 7)  # two rows at a time
+    monkeypatch.setattr(distillation, "CHUNK_SIZE", 2 * 7)  # two rows at a time
     logits, taught = torch.randn(2, 6, 7, dtype=torch.float64).unbind(0)
     logits.requires_grad_()
     labels = torch.tensor([1, -100, 6, 0, 2, -100])
