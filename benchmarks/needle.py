@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupformer.commands.tables import print_table
-from groupformer.conversion.loading import best_device
+from groupformer.conversion.loading import best_device, has_fast_bf16
 from groupformer.training.data import read_column
 
 
@@ -62,14 +62,12 @@ def found_share(model: Any, cases: list[tuple[torch.Tensor, list[int]]], cache_b
 
 
 def needle(
-    checkpoint: str | Path, text_ids: list[int], contexts: list[int], count: int, bits: int | None
+    checkpoint: str | Path, tokenizer: Any, text_ids: list[int], contexts: list[int], count: int, bits: int | None
 ) -> dict[int, float]:
     """Percent found at each context."""
     device = best_device(None)
-    fast_bf16 = device != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    dtype = torch.bfloat16 if fast_bf16 else torch.float32
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     return {size: 100 * found_share(model, prompts(text_ids, tokenizer, size, count), bits) for size in contexts}
 
 
@@ -86,7 +84,7 @@ def main() -> None:
     text = " ".join(read_column([options.data / "test-*.parquet"])[:40])
     text_ids = tokenizer(text, add_special_tokens=False).input_ids
     rows = [
-        (name, needle(name, text_ids, options.contexts, options.prompts, options.cache_bits))
+        (name, needle(name, tokenizer, text_ids, options.contexts, options.prompts, options.cache_bits))
         for name in options.checkpoints
     ]
     columns = ["checkpoint", *(f"{context:,}" for context in options.contexts)]

@@ -352,7 +352,7 @@ def summary(runs: list[dict[str, float]], first: list[dict[str, float]]) -> dict
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     pairs = list(zip(runs, first))
     ratio = statistics.median(run["tokens_per_second"] / base["tokens_per_second"] for run, base in pairs)
-    # The client sees no time between tokens without text, e.g. special ones, which llama.cpp keeps until the end.
+    # Of llama.cpp's server the client once gave 0 ms between tokens; perhaps these had no text. That is no time.
     is_timed = all(run["next_ms"] and base["next_ms"] for run, base in pairs)
     step_ratio = statistics.median(base["next_ms"] / run["next_ms"] for run, base in pairs) if is_timed else math.nan
     cpu_ratio = statistics.median(base["cpu_ms"] / run["cpu_ms"] for run, base in pairs)

@@ -15,10 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from groupformer.commands.tables import print_table
-from groupformer.conversion.loading import best_device
+from groupformer.conversion.loading import best_device, has_fast_bf16
 
 
 NORMALIZED = ("arc_challenge", "openbookqa", "piqa")
@@ -47,7 +45,6 @@ def zero_shot(checkpoint: str | Path, tasks: Path, limit: int | None = None) -> 
     import lm_eval
 
     device = best_device(None)
-    fast_bf16 = device != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
     descriptions = [task(path) for path in sorted(tasks.glob("*.jsonl"))]
     with tempfile.TemporaryDirectory() as folder:
         for description in descriptions:
@@ -57,7 +54,7 @@ def zero_shot(checkpoint: str | Path, tasks: Path, limit: int | None = None) -> 
             model="hf",
             model_args={
                 "pretrained": str(checkpoint),
-                "dtype": "bfloat16" if fast_bf16 else "float32",
+                "dtype": "bfloat16" if has_fast_bf16(device) else "float32",
                 "device": device,
                 "batch_size": 32,
             },
@@ -67,8 +64,7 @@ def zero_shot(checkpoint: str | Path, tasks: Path, limit: int | None = None) -> 
             bootstrap_iters=0,
         )["results"]
     points = {
-        name.removeprefix("local_"): 100
-        * (scores["acc_norm,none"] if "acc_norm,none" in scores else scores["acc,none"])
+        name.removeprefix("local_"): 100 * scores.get("acc_norm,none", scores.get("acc,none"))
         for name, scores in found.items()
     }
     return {**points, "mean": sum(points.values()) / len(points)}

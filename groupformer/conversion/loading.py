@@ -273,6 +273,13 @@ def check_token_ids(token_ids: Iterable[int], tokenizer: Any, what: str, vocab_s
 # Devices -------------------------------------------------------------------------------------------------------------
 
 
+def has_fast_bf16(device: str) -> bool:
+    """Whether a kind of device multiplies faster in bfloat16: GPUs that have it, and CPUs with matrix units for it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def best_device(wanted: str | None = None) -> str:
     """The device that was asked for, once it is known to be there; by default the accelerator, else the CPU.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conversion.loading import has_fast_bf16
+
 
 @dataclass
 class HealRecipe:
@@ -91,9 +93,6 @@ def scaled_adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.
 def autocast(device: torch.device, bf16: bool | None) -> Any:
     """Autocast in bfloat16, by default where the device multiplies faster in it."""
     if bf16 is None:
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported()
-        else:
-            bf16 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        bf16 = has_fast_bf16(device.type)
     # Its cache of weights would not see them change.
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from ..conversion.loading import best_device, check_token_ids, load_checked, load_config, load_tokenizer
+from ..conversion.loading import (
+    best_device,
+    check_token_ids,
+    has_fast_bf16,
+    load_checked,
+    load_config,
+    load_tokenizer,
+)
 from ..conversion.sources import check_source, check_tokenizer_source, require
 from ..conversion.token_limit import limit_tokenizer
 from .data import all_ids, expand, load_files, tokenize_and_pack
@@ -234,7 +241,7 @@ def wants_bf16(recipe: UptrainRecipe) -> bool | None:
     """The recipe's `bf16`; on a CPU by default whether it has matrix units, which multiply several times as fast."""
     if recipe.bf16 is not None or best_device(recipe.device) != "cpu":
         return recipe.bf16
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return has_fast_bf16("cpu")
 
 
 def training_arguments(recipe: UptrainRecipe, output: Path, resumed: bool) -> TrainingArguments:
