@@ -31,6 +31,7 @@ KINDS = {
     "qk_norm_head": {"qk_norm": "head"},
     "qk_norm_projection": {"qk_norm": "projection", "norm_position": "after"},
     "qk_layer_norm_head": {"qk_norm": "head", "norm_type": "layer_norm"},
+    "qk_norm_around_one": {"qk_norm": "projection", "norm_type": "rms_norm_1p"},
     "qk_layer_norm_projection": {"qk_norm": "projection", "norm_type": "layer_norm"},
 }
 

@@ -46,7 +46,8 @@ def absolute_positions(weights, config, positions):
 def norm(weights, config, name, x):
     """RMSNorm (Zhang and Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 4) over the last dimension."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    if config.norm_type == "rms_norm":
+    if config.norm_type != "layer_norm":
+        weight = weight + (config.norm_type == "rms_norm_1p")
         return x / torch.sqrt((x**2).mean(-1, keepdim=True) + config.norm_eps) * weight
     centred = x - x.mean(-1, keepdim=True)
     normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + config.norm_eps) * weight

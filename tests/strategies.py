@@ -41,7 +41,7 @@ def legal_fields(draw: st.DrawFn, causal: bool | None = None) -> dict[str, Any]:
     head_dim = 4 * draw(st.integers(1, 3))
     layers = draw(st.integers(1, 3))
     positions = draw(st.sampled_from(["learned", "sinusoidal", "rope", "alibi", "none"]))
-    norm = draw(st.sampled_from(["rms_norm", "layer_norm"]))
+    norm = draw(st.sampled_from(["rms_norm", "rms_norm_1p", "layer_norm"]))
     fields: dict[str, Any] = {
         "vocab_size": draw(st.integers(5, 60)),
         "hidden_size": 2 * draw(st.integers(4, 16)),

@@ -27,6 +27,7 @@ VARIANTS = {
         "mlp_bias": True,
     },
     "layer norm without bias": {"norm_type": "layer_norm", "norm_bias": False},
+    "norms around one": {"norm_type": "rms_norm_1p", "norm_position": "both", "qk_norm": "head"},
     "norm after": {"norm_position": "after", "qk_norm": "projection"},
     "norms before and after": {"norm_position": "both"},
     "qk norm by head": {"qk_norm": "head"},

@@ -93,6 +93,19 @@ def test_import_from_a_folder_equals_import_from_memory(pair, tmp_path):
     assert plain(loaded.config) == plain(ours_again.config)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text"])
+def test_bfloat16_is_rounded_where_gemma_rounds(name):
+    native = native_model(name, next(iter(FAMILIES[name].examples))).bfloat16()
+    ours = groupformer.import_model(native)
+    ids = random_ids(2, 9, native.config.vocab_size)
+    embedded = ours(ids, output_hidden_states=True).hidden_states[0]
+    assert torch.equal(embedded, native(ids, output_hidden_states=True).hidden_states[0])
+    assert torch.equal(ours.model.norm(embedded), native.model.norm(embedded))
+    exported = groupformer.export_model(ours).state_dict()
+    assert all(torch.equal(exported[key], value) for key, value in native.state_dict().items())
+
+
 # The tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +242,7 @@ def test_export_to_another_family_is_exact(name, option, family):
         ("llama", "grouped queries", "gpt2", "position_embedding_type"),
         ("smollm3", "RoPE in every second layer", "llama", "no_rope_layers"),
         ("glm4", "half of each head rotated", "glm", "norm_position"),
+        ("gemma", "grouped queries, tied", "llama", "norm_type"),
         ("olmo3", "yarn rope where no window is", "olmo2", "rope_parameters"),
     ],
 )

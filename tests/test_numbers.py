@@ -109,6 +109,7 @@ VARIANTS = {
     **{f"positions: {kind}": dict(position_embedding_type=kind) for kind in POSITIONS},
     "layer norm": dict(norm_type="layer_norm"),
     "layer norm without bias": dict(norm_type="layer_norm", norm_bias=False),
+    "norms around one": dict(norm_type="rms_norm_1p", qk_norm="head"),
     "norm after": dict(norm_position="after"),
     "qk norm of heads": dict(qk_norm="head"),
     "qk norm of projections": dict(qk_norm="projection"),

@@ -107,6 +107,14 @@ def test_a_language_model_becomes_a_classifier_with_only_a_new_head(tmp_path):
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
 
 
+def test_norms_around_one_begin_at_one_where_a_file_lacks_them(tmp_path):
+    model = build(norm_type="rms_norm_1p")
+    lacking = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    model.save_pretrained(tmp_path, state_dict=lacking)
+    assert model.model.norm.weight.abs().max() > 0
+    assert GroupFormerForCausalLM.from_pretrained(tmp_path).model.norm.weight.abs().max() == 0
+
+
 def test_a_base_model_loads_from_a_language_model_and_back(tmp_path):
     model = build()
     model.save_pretrained(tmp_path / "lm")

@@ -55,6 +55,13 @@ GENERATES = {
     "head with a bias": dict(lm_head_bias=True, tie_word_embeddings=False),
     "norm after": dict(norm_position="after"),
     "norms before and after": dict(norm_position="both"),
+    "norms around one": dict(
+        norm_type="rms_norm_1p",
+        norm_position="both",
+        qk_norm="head",
+        embedding_multiplier=32**0.5,
+        round_embedding_multiplier=True,
+    ),
     "embedding norm": dict(embedding_norm=True, position_offset=2, position_embedding_type="learned"),
 }
 SPLIT = {

@@ -16,6 +16,8 @@ NAMES = (
     "ernie4_5",
     "exaone4",
     "falcon",
+    "gemma",
+    "gemma3_text",
     "glm",
     "glm4",
     "gpt2",
@@ -46,21 +48,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 EXPERTS = "its MLPs are mixtures of experts"
-ZERO_CENTRED = "its norms store their weights minus one"
 
 REFUSED: dict[str, str] = {
     "apertus": "its MLP's activation has weights of its own (xIELU)",
     "dots1": EXPERTS,
-    "gemma": f"{ZERO_CENTRED}, and its embeddings are multiplied by a factor rounded to the weights' dtype",
-    "gemma2": f"{ZERO_CENTRED}, and it caps its scores and logits (attn_logit_softcapping, final_logit_softcapping)",
-    "gemma3_text": f"{ZERO_CENTRED}, and its embeddings are multiplied by a factor rounded to the weights' dtype",
+    "gemma2": "it caps its scores and logits (attn_logit_softcapping, final_logit_softcapping)",
     "glm4_moe": EXPERTS,
     "gpt_oss": EXPERTS,
     "granitemoe": EXPERTS,
     "hunyuan_v1_dense": "its norms on queries and keys follow RoPE",
     "ministral3": "its queries are scaled by their positions",
     "mixtral": EXPERTS,
-    "nemotron": ZERO_CENTRED,
+    "nemotron": "its layer norms store their weights minus one",
     "olmo": "its norms have no weights",
     "olmoe": EXPERTS,
     "phimoe": EXPERTS,

@@ -137,12 +137,12 @@ class GroupFormerConfig(PreTrainedConfig):
             or under `"full_attention"` and `"sliding_attention"` for each kind of layer (OLMo 3). RoPE only.
         no_rope_layers (`list[int]`, *optional*): SmolLM3's and Llama 4's convention: one entry a layer, 1 where the
             layer uses RoPE, 0 where it has no positions at all. RoPE only.
-        norm_type (`str`, defaults to `"rms_norm"`): `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (Ba et
-            al. 2016).
+        norm_type (`str`, defaults to `"rms_norm"`): `"rms_norm"` (Zhang and Sennrich 2019),
+            `"rms_norm_1p"`, whose factor is one plus its weight (Gemma), or `"layer_norm"` (Ba et al. 2016).
         norm_eps (`float`, defaults to 1e-6): Epsilon of every norm.
         norm_bias (`bool`, defaults to `True`): Whether LayerNorm has a bias. RMSNorm never has one.
         norm_position (`str`, defaults to `"before"`): `"before"` each sublayer (GPT-2, Llama), `"after"` it and
-            before the residual addition (OLMo 2), or `"both"` (GLM 4).
+            before the residual addition (OLMo 2), or `"both"` (GLM 4, Gemma 3).
         embedding_norm (`bool`, defaults to `False`): A norm right after the embeddings (BLOOM).
         qk_norm (`str`, *optional*): Norm of queries and keys before RoPE: `"head"`, each head by itself with one
             shared weight (Qwen 3), or `"projection"`, over all heads together (OLMo 2).
@@ -162,6 +162,7 @@ class GroupFormerConfig(PreTrainedConfig):
             KV cache: `use_cache` is `False`.
         embedding_multiplier, residual_multiplier, logits_scaling (`float`, default to 1.0): Granite's scalars: factors
             of the embeddings and of each sublayer's output, and what logits are divided by.
+        round_embedding_multiplier (`bool`, defaults to `False`): Round it to the embeddings' dtype first (Gemma).
         attention_multiplier (`float`, *optional*, defaults to `head_dim ** -0.5`): Factor of the attention scores.
         attention_dropout, hidden_dropout, embedding_dropout (`float`, default to 0.0): Dropout of attention
             probabilities, of each sublayer's output, and of the embeddings.
@@ -216,7 +217,7 @@ class GroupFormerConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     no_rope_layers: list[int] | None = None
     # Norms
-    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_type: Literal["rms_norm", "rms_norm_1p", "layer_norm"] = "rms_norm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
     norm_position: Literal["before", "after", "both"] = "before"
@@ -238,6 +239,7 @@ class GroupFormerConfig(PreTrainedConfig):
     is_causal: bool = True
     # Scalars, neutral by default
     embedding_multiplier: float | int = 1.0
+    round_embedding_multiplier: bool = False
     residual_multiplier: float | int = 1.0
     attention_multiplier: float | int | None = None
     logits_scaling: float | int = 1.0

@@ -156,7 +156,7 @@ def create_attention_masks(
     for name in dict.fromkeys(names):
         layer_idx = names.index(name)
         create_mask = create_sliding_window_causal_mask if name.startswith("sliding") else create_causal_mask
-        mask = create_mask(
+        masks[name] = create_mask(
             config=config.per_layer_config[layer_idx] if config.is_heterogeneous else config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -166,8 +166,7 @@ def create_attention_masks(
             **{CACHE_NAME: cache},
         )
         if uses_alibi:
-            mask = add_alibi(config, mask, inputs_embeds, attention_mask, cache, layer_idx)
-        masks[name] = mask
+            masks[name] = add_alibi(config, masks[name], inputs_embeds, attention_mask, cache, layer_idx)
     return masks
 
 
@@ -190,7 +189,7 @@ def build_position_ids(
     """
     length = inputs_embeds.shape[1]
     adds_positions = config.position_embedding_type in ("learned", "sinusoidal")
-    if adds_positions and attention_mask is not None and attention_mask.ndim == 2:
+    if adds_positions and getattr(attention_mask, "ndim", None) == 2:  # it may be a dictionary of prepared masks
         return select_tokens((attention_mask.long().cumsum(-1) - 1).clamp(min=0), length, cached)
     return (torch.arange(length, device=inputs_embeds.device) + cached).unsqueeze(0)
 
@@ -226,8 +225,7 @@ def pool_real_tokens(hidden_states: torch.Tensor, real: torch.Tensor, is_causal:
     if not is_causal:
         # Summed in float32: thousands of states are more than float16 can hold.
         weights = real.to(torch.promote_types(hidden_states.dtype, torch.float32)).unsqueeze(-1)  # (B, T, 1)
-        mean = (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return mean.to(hidden_states.dtype)
+        return ((hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)).to(hidden_states.dtype)
     indices = torch.arange(length, device=hidden_states.device)
     last = (indices * real).argmax(dim=-1)  # the greatest real index, wherever the padding is
     return hidden_states[torch.arange(batch, device=hidden_states.device), last]

@@ -13,15 +13,21 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G 
 import copy
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GenericForQuestionAnswering, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -77,8 +83,22 @@ class GroupFormerRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+class GroupFormerRMSNorm1P(nn.Module):
+    """RMS norm whose factor is one plus its weight, multiplied in float32, before the result is rounded (Gemma)."""
+
+    def __init__(self, size: int, eps: float = 1e-6, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.to(wide.dtype))).to(hidden_states.dtype)
+
+
 # Layer norm (Ba et al. 2016, eq. 4) is torch's own.
-NORMS = {"rms_norm": GroupFormerRMSNorm, "layer_norm": nn.LayerNorm}
+NORMS = {"rms_norm": GroupFormerRMSNorm, "rms_norm_1p": GroupFormerRMSNorm1P, "layer_norm": nn.LayerNorm}
 
 
 def build_norm(config: GroupFormerConfig, size: int | None = None) -> nn.Module:
@@ -107,9 +127,7 @@ class GroupFormerSinusoidalEmbedding(nn.Module):
 
 # Positions added to the embeddings (learned: a trained vector each, as in GPT-2); the other kinds act in attention.
 ABSOLUTE_POSITIONS = {
-    "learned": lambda config: nn.Embedding(
-        config.max_position_embeddings + config.position_offset, config.hidden_size
-    ),
+    "learned": lambda c: nn.Embedding(c.max_position_embeddings + c.position_offset, c.hidden_size),
     "sinusoidal": GroupFormerSinusoidalEmbedding,
 }
 
@@ -412,6 +430,11 @@ class GroupFormerPreTrainedModel(PreTrainedModel):
         # Only the kind of layer that this model has: accelerate's FSDP looks for each one named.
         self._no_split_modules = [layer_class_of(config).__name__]
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GroupFormerRMSNorm1P):
+            init.zeros_(module.weight)
+
     def save_pretrained(self, *args, **kwargs):
         # FSDP2 makes a class of torch's of a sharded model's; while it is saved, it goes by our name and file.
         cls = type(self)
@@ -470,8 +493,7 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         self.embed_positions = absolute(config) if absolute is not None else None
         self.embed_norm = build_norm(config) if config.embedding_norm else None
         self.embed_dropout = nn.Dropout(config.embedding_dropout)
-        layer_class = layer_class_of(config)
-        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([layer_class_of(config)(config, idx) for idx in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.rotary_emb = GroupFormerRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         is_local = self.rotary_emb is not None and "sliding_attention" in config.rope_parameters
@@ -521,8 +543,9 @@ class GroupFormerModel(GroupFormerPreTrainedModel):
         if use_cache and cache is None:  # after the masks: with a cache they would not keep packed documents apart
             cache = grow_in_place(DynamicCache(config=self.config))
         hidden_states = inputs_embeds
-        if self.config.embedding_multiplier != 1.0:
-            hidden_states = hidden_states * self.config.embedding_multiplier
+        if (multiplier := self.config.embedding_multiplier) != 1.0:
+            is_rounded = self.config.round_embedding_multiplier
+            hidden_states = hidden_states * (hidden_states.new_full((), multiplier) if is_rounded else multiplier)
         if self.embed_positions is not None:
             positions = self.embed_positions(position_ids + self.config.position_offset)
             hidden_states = hidden_states + positions.to(hidden_states.dtype)
@@ -626,9 +649,7 @@ class GroupFormerForCausalLM(GroupFormerPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """Transformers' `generate`; refused for bidirectional models, whose tokens would see their own future."""
         if not self.config.is_causal:
-            raise ValueError(
-                "is_causal (False) makes this model bidirectional: it cannot generate; set is_causal=True"
-            )
+            raise ValueError("is_causal (False) makes this model bidirectional: it cannot generate; set it to True")
         return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -662,7 +683,6 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
@@ -675,9 +695,7 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         cache = accept_cache_alias(past_key_values, cache)
         cached = 0 if cache is None else cache.get_seq_length()  # before the model extends it
         real = find_real_tokens(self.config, input_ids, inputs_embeds, attention_mask, cached)
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         logits = self.score(pool_real_tokens(outputs.last_hidden_state, real, self.config.is_causal))
         loss = None
         if labels is not None:
@@ -691,44 +709,27 @@ class GroupFormerForSequenceClassification(GroupFormerPreTrainedModel):
         )
 
 
-class GroupFormerForTokenClassification(GroupFormerPreTrainedModel):
+# The generic heads build their base through `AutoModel`, which knows no remote code; ours name it.
+class GroupFormerForTokenClassification(GenericForTokenClassification, GroupFormerPreTrainedModel):
     """GroupFormer with a head over each token: logits (B, T, num_labels)."""
 
     def __init__(self, config: GroupFormerConfig):
-        super().__init__(config)
+        GroupFormerPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GroupFormerModel(config)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout if (p := config.classifier_dropout) is None else p)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """As `GroupFormerModel.forward`; `labels` are class ids `(B, T)`, of which -100 is ignored."""
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    @wraps(GenericForTokenClassification.forward)
+    def forward(self, *args, labels: torch.LongTensor | None = None, **kwargs) -> TokenClassifierOutput:
+        outputs, loss = super().forward(*args, return_dict=True, **kwargs), None
+        if labels is not None:  # the generic loss leaves out `num_items_in_batch`, by which Trainer averages
+            loss = self.loss_function(outputs.logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, **outputs)
 
 
-# The generic head builds its base through `AutoModel`, which knows no remote code; ours names it.
 class GroupFormerForQuestionAnswering(GenericForQuestionAnswering, GroupFormerPreTrainedModel):
     """GroupFormer with a head for spans: start and end logits (B, T)."""
 
