@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -425,6 +426,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, default=Path(".venv-llama-cpp"))
     parser.add_argument("--output", type=Path, default=Path("runs/served"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the servers end, too
     options.output.mkdir(parents=True, exist_ok=True)
     checkpoints = options.checkpoints or (random_models(options.random, options.output) if options.random else [])
     if not checkpoints:
