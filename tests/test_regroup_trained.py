@@ -1,5 +1,6 @@
 """Regrouping the reference checkpoint, a really trained model: the order of the methods, on text that ships."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from groupformer.training.data import read_column
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "hub_card"
 TEXTBOOKS = ROOT.parent / "shared" / "data" / "textbooks"
-SAMPLE = (ROOT / "groupformer" / "samples" / "river.txt").read_text(encoding="utf-8")
+SAMPLE = (files("groupformer") / "samples" / "river.txt").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.slow
 
