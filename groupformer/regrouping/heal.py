@@ -24,6 +24,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..conversion import import_model
+from ..families.registry import is_groupformer
 from .attention import find_attention
 from .heal_jointly import JointReport, heal_jointly
 from .heal_recipe import HealRecipe, autocast, cosine_with_warmup, scaled_adamw
@@ -94,7 +96,8 @@ def heal(
 
     Args:
         model: The regrouped model; only the parameters of its attention change. Its dtype stays.
-        original: The model that it was made from, of the same class.
+        original: The model that it was made from, of the same class. The native original of a GroupFormer (a GPT-2,
+            say) is imported first, which copies it.
         token_ids: LongTensor (rows, seq) of text like that which the model is for; 50,000 to 200,000 tokens.
         recipe: How. Default: `HealRecipe()`.
         progress: Called after each layer and each step of all layers together.
@@ -108,6 +111,8 @@ def heal(
     recipe = recipe or HealRecipe()
     if model is original:
         raise ValueError("original is the model itself; give the model from before the merge")
+    if is_groupformer(model) and not is_groupformer(original):
+        original = import_model(original)
     reports = HealReport([])
     layers = heal_layers(ModelSource(model), ModelSource(original), token_ids, recipe, device=str(model.device))
     for report, path, state in layers:
@@ -183,7 +188,7 @@ def check_pair(student: Source, teacher: Source) -> None:
     if student.config.model_type != teacher.config.model_type:
         raise ValueError(
             f"original is a {teacher.config.model_type!r}, but model a {student.config.model_type!r}; "
-            "give the model that this one was made from (groupformer.import_model turns it into a GroupFormer)"
+            "give the model that this one was made from"
         )
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         own, other = (getattr(each.config.get_text_config(), name, None) for each in (student, teacher))
