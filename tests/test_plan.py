@@ -127,6 +127,12 @@ def test_plan_reads_a_config_by_itself(tmp_path):
     assert result.exit_code == 0 and "6 (now)" in result.stdout
 
 
+def test_the_next_line_of_plan_regroups_into_another_folder(tmp_path):
+    LlamaConfig(num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "small")
+    result = run("plan", tmp_path / "small")
+    assert f"next: groupformer regroup {tmp_path / 'small'} DST --kv-heads 4" in result.stdout.replace("\n", " ")
+
+
 @pytest.mark.parametrize("arguments", [["plan"], ["plan", "x", "--config", "y"], ["plan", "--config", "missing.json"]])
 def test_plan_says_what_is_missing(arguments):
     result = run(*arguments)

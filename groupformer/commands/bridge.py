@@ -59,7 +59,7 @@ def import_command(
         facts,
         [
             f"groupformer plan {quoted(target)}",
-            f"groupformer regroup {quoted(target)} small --kv-heads N --calibration TEXT",
+            f"groupformer regroup {quoted(target)} DST --kv-heads N --calibration TEXT",
         ],
     )
     if not has_tokenizer(target):

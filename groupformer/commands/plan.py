@@ -108,4 +108,4 @@ def plan_command(
         )
     if wanted is not None:
         name = quoted(source or "SRC")
-        typer.echo(f"next: groupformer regroup {name} small --kv-heads {wanted.kv_heads} --calibration TEXT")
+        typer.echo(f"next: groupformer regroup {name} DST --kv-heads {wanted.kv_heads} --calibration TEXT")
