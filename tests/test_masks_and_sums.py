@@ -11,6 +11,7 @@ from groupformer import (
     GroupFormerForTokenClassification,
     GroupFormerModel,
 )
+from groupformer.model.masking_groupformer import create_attention_masks
 
 from .helpers import random_ids, randomize, tiny_config
 
@@ -116,3 +117,12 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(task, as_tensor):
     whole = model(ids, labels=labels).loss
     parts = [model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=count).loss for i in (0, 2, 4)]
     torch.testing.assert_close(sum(parts), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_prepared_masks_need_no_positions_beside_them(positions):
+    model = randomize(GroupFormerModel(tiny_config(position_embedding_type=positions)))
+    ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    masks = create_attention_masks(model.config, model.embed_tokens(ids), mask)
+    assert torch.equal(model(ids, attention_mask=masks)[0], model(ids, attention_mask=mask)[0])
