@@ -123,7 +123,7 @@ def test_info_and_plan_read_the_counts_without_running_the_code_beside_them(tmp_
     assert "DeciLMForCausalLM" in facts["held_by"] and "GGUF deci" in facts["held_by"]
     planned = CliRunner().invoke(app, ["plan", str(tmp_path / "new")])
     assert "KV heads: GroupFormerForCausalLM, DeciLMForCausalLM, GGUF deci" in planned.stdout
-    assert f"regroup {tmp_path / 'new'} small" in planned.stdout
+    assert f"regroup {tmp_path / 'new'} DST" in planned.stdout
 
 
 @torch.no_grad()
