@@ -206,16 +206,6 @@ def test_the_dtype_stays_and_healing_works_in_float32():
     assert distance(model, original, random_ids(8, 24, seed=1)) < before
 
 
-def test_a_groupformer_heals_by_its_native_original():
-    config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=99, n_positions=64)
-    original = randomize(AutoModelForCausalLM.from_config(config))
-    merged = groupformer.regroup(original, 2, method="mean")
-    by_import = copy.deepcopy(merged)
-    heal(merged, original, random_ids(8, 16), RECIPE)
-    heal(by_import, groupformer.import_model(original), random_ids(8, 16), RECIPE)
-    assert all(torch.equal(tensor, by_import.state_dict()[name]) for name, tensor in merged.state_dict().items())
-
-
 def test_progress_is_told_after_each_layer():
     model, original = pair("llama")
     seen = []

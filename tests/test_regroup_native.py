@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import groupformer
 from groupformer.commands.main import app
+from groupformer.regrouping.heal_recipe import HealRecipe
 
 from .helpers import random_ids
 from .helpers_families import native_model
@@ -95,3 +96,13 @@ def test_llama_cpp_runs_a_regrouped_model(tmp_path):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert llama_cpp(tmp_path / "model.gguf", ids[0].tolist())[1] == expected[0, 21:].tolist()
+
+
+def test_a_groupformer_heals_by_its_native_original():
+    original = native_model("gpt2", "odd heads")
+    merged, by_import = (groupformer.regroup(original, 1, method="mean") for _ in range(2))
+    recipe, token_ids = HealRecipe(epochs=1, joint_epochs=0), random_ids(8, 16, original.config.vocab_size)
+    report = groupformer.heal(merged, original, token_ids, recipe)
+    groupformer.heal(by_import, groupformer.import_model(original), token_ids, recipe)
+    assert any(layer.healed < layer.merged for layer in report.layers)
+    assert all(torch.equal(tensor, by_import.state_dict()[name]) for name, tensor in merged.state_dict().items())
