@@ -43,6 +43,7 @@ from .zero_shot import zero_shot
 WINDOW = 512
 METHODS = ("mean", "aligned", "svd")
 WITHOUT_POINTS = ("mean", "aligned")  # near chance
+TOKENS_BETWEEN_CHECKPOINTS = 200_000  # from which an uptraining that was cut off goes on
 
 
 class NativeStudy:
@@ -127,20 +128,26 @@ def run(study: NativeStudy) -> None:
     if closed:
         study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
     healed = study.state("healed", heal(options.heal_tokens), options.heal_tokens)
-    if options.uptrain_tokens:
-        study.state("uptrained", lambda folder: uptrained(study, healed, folder), options.uptrain_tokens)
+    for count in options.uptrain_tokens:
+
+        def uptrain_healed(folder: Path, count: int = count) -> None:
+            uptrained(study, healed, count, folder)
+
+        study.state(f"uptrained on {count:,}", uptrain_healed, count)
 
 
-def uptrained(study: NativeStudy, healed: Path, folder: Path) -> None:
+def uptrained(study: NativeStudy, healed: Path, tokens: int, folder: Path) -> None:
     work = folder.with_name(f"{folder.name}.work")
     recipe = UptrainRecipe(
         model=str(healed),
         teacher=str(study.source),
         train_files=[study.train_files],
-        tokens=study.options.uptrain_tokens,
+        tokens=tokens,
+        kl_weight=study.options.uptrain_kl_weight,
+        ce_weight=study.options.uptrain_ce_weight,
         learning_rate=study.options.uptrain_learning_rate,
-        batch_size=2,
-        evaluations=1,
+        batch_size=study.options.uptrain_batch_size,
+        evaluations=max(1, tokens // TOKENS_BETWEEN_CHECKPOINTS),
     )
     uptrain(recipe, work, resume=True)
     shutil.move(work, folder)
@@ -181,8 +188,11 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--closed-form-tokens", type=int, default=65536, help="0: leave that out.")
     parser.add_argument("--heal-tokens", type=int, default=196_608)
-    parser.add_argument("--uptrain-tokens", type=int, default=49_152, help="0: leave that out.")
-    parser.add_argument("--uptrain-learning-rate", type=float, default=2e-4)
+    parser.add_argument("--uptrain-tokens", type=int, nargs="*", default=[49_152], help="A state for each.")
+    parser.add_argument("--uptrain-kl-weight", type=float, default=0.5)
+    parser.add_argument("--uptrain-ce-weight", type=float, default=1.0)
+    parser.add_argument("--uptrain-learning-rate", type=float, default=1e-4)
+    parser.add_argument("--uptrain-batch-size", type=int, default=2, help="Rows of 512 tokens in a step.")
     study = NativeStudy(parser.parse_args())
     run(study)
     report(study)

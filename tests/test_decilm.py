@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
 import groupformer
-from groupformer import GroupFormerForCausalLM
+from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
 from groupformer.conversion.decilm.writer import export_decilm
 
@@ -159,11 +159,27 @@ def test_regroup_takes_it_as_the_groupformer_that_it_is(tmp_path):
     assert [entry["to"] for entry in entries] == [[2, 4, 4], [1, 4, 2]]
 
 
-def test_what_cannot_read_decilm_says_so_without_a_question(tmp_path):
-    saved(tmp_path / "ours", per_layer_config=BY_LAYER)
+def test_the_commands_read_it_as_the_groupformer_that_it_is(tmp_path):
+    tokenizer = GroupFormerTokenizer()
+    saved(tmp_path / "ours", per_layer_config=BY_LAYER, vocab_size=len(tokenizer), pad_token_id=0)
+    tokenizer.save_pretrained(tmp_path / "ours")
     export_decilm(tmp_path / "ours", tmp_path / "new")
-    outcome = CliRunner().invoke(app, ["bench", str(tmp_path / "new")], input="")
-    assert isinstance(outcome.exception, ValueError) and "trust_remote_code" not in str(outcome.exception)
+    (tmp_path / "new" / "configuration_decilm.py").write_text("raise SystemExit('was run')")
+    (tmp_path / "text.txt").write_text("The river runs from the hills to the sea. " * 3)
+    options = {
+        "bench": ["--context", "8", "--new-tokens", "2", "--rounds", "1"],
+        "eval": ["--file", str(tmp_path / "text.txt")],
+    }
+    for command, more in options.items():
+        runs = [
+            CliRunner().invoke(app, [command, str(tmp_path / name), *more, "--json"], input="")
+            for name in ("ours", "new")
+        ]
+        ours, new = (json.loads(run.stdout) for run in runs)
+        if command == "bench":
+            assert new[0]["cache_bytes"] == ours[0]["cache_bytes"]
+        else:
+            assert new["bits_per_byte"] == ours["bits_per_byte"]
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])

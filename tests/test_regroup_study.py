@@ -83,9 +83,9 @@ def test_the_study_of_a_native_checkpoint_makes_each_state_once(tmp_path, monkey
     native_study.main()
     first = json.loads((tmp_path / "runs" / "tiny-1" / "study.json").read_text())
     states = {state["name"]: state for state in first["states"]}
-    assert list(states) == ["original", "mean", "aligned", "svd", "closed form", "healed", "uptrained"]
+    assert list(states) == ["original", "mean", "aligned", "svd", "closed form", "healed", "uptrained on 1,024"]
     assert states["original"]["divergence"] == pytest.approx(0, abs=1e-6)
-    assert states["original"]["cache_bytes_per_token"] == 2 * states["uptrained"]["cache_bytes_per_token"]
+    assert states["original"]["cache_bytes_per_token"] == 2 * states["uptrained on 1,024"]["cache_bytes_per_token"]
     assert states["healed"]["divergence"] < states["closed form"]["divergence"] < states["svd"]["divergence"]
     monkeypatch.setattr(native_study, "heal_folder", None)  # a second run makes nothing
     native_study.main()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from .checkpoint import open_checkpoint
+from .decilm.configs import read_decilm_config
 from .decilm.configuration_decilm import DeciLMConfig
 from .sources import base_of_adapter, first_line, is_adapter, locate, require
 
@@ -29,8 +30,8 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
 
     Args:
         auto_class: An Auto class of transformers, or a model class.
-        source: Folder, GGUF file (dequantized) or Hub id. Of an adapter folder, the model that it adapts, with the
-            adapter merged into it where its kind can be.
+        source: Folder, GGUF file (dequantized) or Hub id; `DeciLMForCausalLM` comes as a GroupFormer. Of an adapter
+            folder, the model that it adapts, with the adapter merged into it where its kind can be.
         fresh_head: Whether the checkpoint may lack what lies outside the base model: a new head.
         options: Of `from_pretrained`.
 
@@ -46,6 +47,8 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
         return load_adapted(auto_class, source, fresh_head=fresh_head, **options)
     location, gguf = locate(source)
     check_files(source)
+    if not gguf and is_decilm(location):  # Llama with counts by layer, whose tensors have the names of ours
+        options["config"] = read_decilm_config(load_config(location))
     with errors_only(), refused_by_library(source):
         model, report = auto_class.from_pretrained(
             location,
@@ -124,11 +127,14 @@ def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
 
 def config_of_known_class(location: str | Path, **options: Any) -> PreTrainedConfig:
     """A config of transformers' own classes, or of DeciLM's, which is code beside the weights: that is never run."""
-    if "gguf_file" not in options:
-        content, _ = PreTrainedConfig.get_config_dict(location)
-        if content.get("model_type") == DeciLMConfig.model_type:
-            return DeciLMConfig.from_dict(content)
+    if "gguf_file" not in options and is_decilm(location):
+        return DeciLMConfig.from_dict(PreTrainedConfig.get_config_dict(location)[0])
     return AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+
+
+def is_decilm(location: str | Path) -> bool:
+    """Whether a folder or Hub id holds a `DeciLMForCausalLM`."""
+    return PreTrainedConfig.get_config_dict(location)[0].get("model_type") == DeciLMConfig.model_type
 
 
 @contextmanager
@@ -230,7 +236,7 @@ def load_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> A
         location, gguf = locate(chosen)
     try:
         with errors_only():
-            loaded = AutoTokenizer.from_pretrained(location, **gguf)
+            loaded = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **gguf)
     except Exception as error:  # the library `tokenizers` raises no narrower class for a file that it cannot read
         raise ValueError(f"the tokenizer of {chosen} cannot be loaded ({first_line(error)}); {remedy}") from error
     ordinary = set(loaded.get_vocab().values()) - set(loaded.all_special_ids)
