@@ -134,6 +134,19 @@ def test_commands_never_trust_code_beside_an_unknown_checkpoint(tmp_path, marker
         assert done.exit_code == 1 and isinstance(done.exception, ValueError | OSError), (command, done.exception)
 
 
+def test_commands_neither_run_nor_ask_for_the_code_of_a_tokenizer(checkpoint, tmp_path, marker):
+    evil, text = tmp_path / "evil", tmp_path / "text.txt"
+    GroupFormerTokenizer().save_pretrained(evil)
+    (evil / "evil.py").write_text(EVIL_CODE.format(marker=str(marker)))
+    (evil / "config.json").write_text('{"model_type": "evil"}')
+    change_json(evil / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    text.write_text("The river is wide.")
+    words = ["eval", str(checkpoint), "--file", str(text), "--tokenizer", str(evil)]
+    done = CliRunner().invoke(app, words, input="y\n")
+    assert isinstance(done.exception, ValueError) and "choose another one" in str(done.exception)
+    assert "[y/N]" not in done.output
+
+
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("backend", ["evil/kernel", "evil/kernel@main:run", "paged|evil/kernel", {"": "evil/kernel"}])
 def test_a_config_file_cannot_fetch_a_kernel_from_the_hub(field, backend, checkpoint):
