@@ -139,7 +139,8 @@ def test_commands_neither_run_nor_ask_for_the_code_of_a_tokenizer(checkpoint, tm
     GroupFormerTokenizer().save_pretrained(evil)
     (evil / "evil.py").write_text(EVIL_CODE.format(marker=str(marker)))
     (evil / "config.json").write_text('{"model_type": "evil"}')
-    change_json(evil / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    change_json(evil / "tokenizer_config.json", **code)
     text.write_text("The river is wide.")
     words = ["eval", str(checkpoint), "--file", str(text), "--tokenizer", str(evil)]
     done = CliRunner().invoke(app, words, input="y\n")

@@ -47,9 +47,10 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
         return load_adapted(auto_class, source, fresh_head=fresh_head, **options)
     location, gguf = locate(source)
     check_files(source)
-    if not gguf and is_decilm(location):  # Llama with counts by layer, whose tensors have the names of ours
-        options["config"] = read_decilm_config(load_config(location))
     with errors_only(), refused_by_library(source):
+        decilm = None if gguf else find_decilm_config(location)
+        if decilm is not None:  # Llama with counts by layer, whose tensors have the names of ours
+            options["config"] = read_decilm_config(decilm)
         model, report = auto_class.from_pretrained(
             location,
             output_loading_info=True,
@@ -127,14 +128,14 @@ def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
 
 def config_of_known_class(location: str | Path, **options: Any) -> PreTrainedConfig:
     """A config of transformers' own classes, or of DeciLM's, which is code beside the weights: that is never run."""
-    if "gguf_file" not in options and is_decilm(location):
-        return DeciLMConfig.from_dict(PreTrainedConfig.get_config_dict(location)[0])
-    return AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+    decilm = None if "gguf_file" in options else find_decilm_config(location)
+    return AutoConfig.from_pretrained(location, trust_remote_code=False, **options) if decilm is None else decilm
 
 
-def is_decilm(location: str | Path) -> bool:
-    """Whether a folder or Hub id holds a `DeciLMForCausalLM`."""
-    return PreTrainedConfig.get_config_dict(location)[0].get("model_type") == DeciLMConfig.model_type
+def find_decilm_config(location: str | Path) -> DeciLMConfig | None:
+    """The config of a folder or Hub id that holds a `DeciLMForCausalLM`; None of any other."""
+    content, _ = PreTrainedConfig.get_config_dict(location)
+    return DeciLMConfig.from_dict(content) if content.get("model_type") == DeciLMConfig.model_type else None
 
 
 @contextmanager
