@@ -152,6 +152,7 @@ def measure_healing(options: argparse.Namespace, until: float, states: dict[str,
     tokens = "2048" if options.tiny else str(int(0.6 * left * TOKENS_PER_SECOND[options.device]))
     words = ["uptrain", str(healed), "--teacher", str(original), "--data", options.train, "--tokens", tokens]
     words += ["--output", str(uptrained), "--device", options.device, "--overwrite", "--evaluations", "1"]
+    words += ["--kl-weight", "0.5", "--ce-weight", "1", "--learning-rate", "1.5e-4"]
     words += ["--row-length", "64"] if options.tiny else []
     state("uptrained", uptrained, *words, tokens=int(tokens))
     return states
