@@ -17,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,7 @@ def run(study: NativeStudy) -> None:
         study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
     healed = study.state("healed", heal(options.heal_tokens), options.heal_tokens)
     for count in options.uptrain_tokens:
-
-        def uptrain_healed(folder: Path, count: int = count) -> None:
-            uptrained(study, healed, count, folder)
-
-        study.state(f"uptrained on {count:,}", uptrain_healed, count)
+        study.state(f"uptrained on {count:,}", partial(uptrained, study, healed, count), count)
 
 
 def uptrained(study: NativeStudy, healed: Path, tokens: int, folder: Path) -> None:

@@ -166,20 +166,21 @@ def test_the_commands_read_it_as_the_groupformer_that_it_is(tmp_path):
     export_decilm(tmp_path / "ours", tmp_path / "new")
     (tmp_path / "new" / "configuration_decilm.py").write_text("raise SystemExit('was run')")
     (tmp_path / "text.txt").write_text("The river runs from the hills to the sea. " * 3)
-    options = {
-        "bench": ["--context", "8", "--new-tokens", "2", "--rounds", "1"],
-        "eval": ["--file", str(tmp_path / "text.txt")],
-    }
-    for command, more in options.items():
-        runs = [
-            CliRunner().invoke(app, [command, str(tmp_path / name), *more, "--json"], input="")
-            for name in ("ours", "new")
-        ]
-        ours, new = (json.loads(run.stdout) for run in runs)
-        if command == "bench":
-            assert new[0]["cache_bytes"] == ours[0]["cache_bytes"]
-        else:
-            assert new["bits_per_byte"] == ours["bits_per_byte"]
+
+    def said(command, name, *options):
+        return CliRunner().invoke(app, [command, str(tmp_path / name), *options], input="").stdout
+
+    scores = [
+        json.loads(said("eval", name, "--file", str(tmp_path / "text.txt"), "--json")) for name in ("ours", "new")
+    ]
+    assert scores[0]["bits_per_byte"] == scores[1]["bits_per_byte"]
+    short = ("--context", "8", "--new-tokens", "2", "--rounds", "1", "--json")
+    timed = [json.loads(said("bench", name, *short))[0] for name in ("ours", "new")]
+    assert timed[0]["cache_bytes"] == timed[1]["cache_bytes"]
+    written = [
+        said("generate", name, "The river", "--max-new-tokens", "4", "--temperature", "0") for name in ("ours", "new")
+    ]
+    assert written[0] and written[0] == written[1]
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn"])

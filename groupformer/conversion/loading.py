@@ -48,7 +48,7 @@ def load_checked(auto_class: Any, source: str | Path, *, fresh_head: bool = Fals
     location, gguf = locate(source)
     check_files(source)
     with errors_only(), refused_by_library(source):
-        decilm = None if gguf else find_decilm_config(location)
+        decilm = None if gguf or "config" in options else find_decilm_config(location)
         if decilm is not None:  # Llama with counts by layer, whose tensors have the names of ours
             options["config"] = read_decilm_config(decilm)
         model, report = auto_class.from_pretrained(
