@@ -430,7 +430,8 @@ def test_regroup_merges_and_heals_in_one_command(folders, tmp_path):
     done = CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "out", "--heal", "--heal-tokens", "1024"))
     assert done.exit_code == 0, done.output
     assert f"next:    groupformer eval {tmp_path / 'out'} --file TEXT" in done.stdout
-    assert f"groupformer uptrain {tmp_path / 'out'} --teacher {folders / 'original'} --data TEXT" in done.stdout
+    line = f"groupformer uptrain {tmp_path / 'out'} --teacher {folders / 'original'} --data TEXT"
+    assert f"{line} --tokens N --learning-rate 1e-4" in " ".join(done.stdout.split())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
     assert config["regrouping"][-1]["healing"] == {"tokens": 1024, "epochs": 4, "joint_epochs": 1}

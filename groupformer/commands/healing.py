@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .regrouping import HEAL_TOKENS, calibration_reader, healed_facts
+from .regrouping import HEAL_TOKENS, calibration_reader, healed_facts, uptrain_line
 from .shared import (
     CONVERT,
     AsJson,
@@ -105,7 +105,6 @@ def heal_command(
 
     rows = [[layer.layer_idx, layer.merged, layer.solved, layer.healed] for layer in report.layers]
     print_table("Relative error of what attention adds", ["layer", "merged", "closed form", "healed"], rows)
-    option = tokenizer_option(tokenizer)
-    lines = [f"groupformer eval {quoted(target)} --file TEXT{option}"]
-    lines.append(f"groupformer uptrain {quoted(target)} --teacher {quoted(original)} --data TEXT --tokens N{option}")
+    lines = [f"groupformer eval {quoted(target)} --file TEXT{tokenizer_option(tokenizer)}"]
+    lines.append(uptrain_line(target, original, tokenizer, is_healed=True))
     print_outcome(f"{target}: healed", {**healed_facts(report), "took": cost}, lines)

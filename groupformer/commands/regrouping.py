@@ -210,8 +210,15 @@ def print_made(
     if entry["method"] != "expand":
         if not entry.get("healing"):
             lines.append(f"groupformer heal {quoted(target)} {quoted(source)} DST --text TEXT{option}")
-        lines.append(f"groupformer uptrain {quoted(target)} --teacher {quoted(source)} --data TEXT --tokens N{option}")
+        lines.append(uptrain_line(target, source, tokenizer, is_healed=bool(entry.get("healing"))))
     print_outcome(f"{target}: {name}, {describe_heads(config)}", facts, lines)
+
+
+def uptrain_line(target: Path, original: str, tokenizer: str | None, is_healed: bool) -> str:
+    """What to type to win back the rest; a healed model wants a lower rate than the default, which suits a merge."""
+    rate = " --learning-rate 1e-4" if is_healed else ""
+    line = f"groupformer uptrain {quoted(target)} --teacher {quoted(original)} --data TEXT --tokens N"
+    return line + rate + tokenizer_option(tokenizer)
 
 
 def result_formats(config: Any, wanted: int | str | dict[int, int]) -> Any:
