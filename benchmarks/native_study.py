@@ -6,8 +6,9 @@
 Each state is a folder below --output, as the commands write it, with its figures in a file beside it. What is there is
 not made again, so a study that was cut off goes on where it stopped. Bits per byte are those of `groupformer eval` in
 windows of 512 tokens (by bfloat16 where the machine multiplies faster in it); the divergence is from the original, on
-the first 512 tokens of each document. With --tasks each state also gets its points in `benchmarks.zero_shot`, but for
-the merges that are near chance.
+the first 512 tokens of each document. With --tasks each state also gets its points in `benchmarks.zero_shot`, with
+--needle its finds in `benchmarks.needle`, with --cache-bits its bits per byte (and finds) through a quantized cache;
+merges that are near chance get none of these.
 """
 
 import argparse
@@ -38,12 +39,15 @@ from groupformer.regrouping.streaming import regroup_folder
 from groupformer.training.data import read_column
 from groupformer.training.uptraining import UptrainRecipe, uptrain
 
+from .needle import needle
+from .quantization import hqq_cache
 from .zero_shot import zero_shot
 
 
 WINDOW = 512
 METHODS = ("mean", "aligned", "svd")
-WITHOUT_POINTS = ("mean", "aligned")  # near chance
+NEAR_CHANCE = ("mean", "aligned")
+NEEDLE_PROMPTS = 20  # for each context
 TOKENS_BETWEEN_CHECKPOINTS = 200_000  # from which an uptraining that was cut off goes on
 
 
@@ -85,6 +89,31 @@ class NativeStudy:
             "divergence": divergence,
         }
 
+    @torch.no_grad()
+    def quantized_bits_per_byte(self, folder: Path) -> float:
+        model = self.load(folder)
+        with autocast(model.device, None):
+            quantized = hqq_cache(model, self.options.cache_bits)
+            # One window at a time: rows of padding would be in the caches too.
+            return evaluate(quantized, self.tokenizer, self.documents, window=WINDOW, batch_size=1)["bits_per_byte"]
+
+    def needle(self, folder: Path, cache_bits: int | None) -> dict[int, float]:
+        text_ids = self.tokenizer(" ".join(self.documents), add_special_tokens=False).input_ids
+        return needle(folder, self.tokenizer, text_ids, self.options.needle, NEEDLE_PROMPTS, cache_bits)
+
+    def more_figures(self) -> dict[str, Callable[[Path], Any]]:
+        """What the options ask for beside the scores, by name, each measured on a state's folder."""
+        options, wanted = self.options, {}
+        if options.tasks:
+            wanted["points"] = partial(zero_shot, tasks=options.tasks)
+        if options.needle:
+            wanted["needle"] = partial(self.needle, cache_bits=None)
+        if options.cache_bits:
+            wanted[f"{options.cache_bits}-bit cache"] = self.quantized_bits_per_byte
+            if options.needle:
+                wanted[f"needle, {options.cache_bits}-bit cache"] = partial(self.needle, cache_bits=options.cache_bits)
+        return wanted
+
     def state(self, name: str, make: Callable[[Path], Any] | None, tokens: int = 0) -> Path:
         """A state's folder: made by `make`, unless it is there, or the checkpoint itself; its figures are kept."""
         folder = self.source if make is None else self.folder / name
@@ -100,9 +129,10 @@ class NativeStudy:
             figures |= self.scores(folder)
             path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
         figures = json.loads(path.read_text(encoding="utf-8"))
-        if self.options.tasks and "points" not in figures and name not in WITHOUT_POINTS:
-            figures["points"] = zero_shot(folder, self.options.tasks)
-            path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        for figure, measure in self.more_figures().items():
+            if figure not in figures and name not in NEAR_CHANCE:
+                figures[figure] = measure(folder)
+                path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
         self.rows.append(figures)
         print(name, f"{self.rows[-1]['bits_per_byte']:.4f}", flush=True)
         return folder
@@ -168,8 +198,15 @@ def report(study: NativeStudy) -> None:
     }
     (study.folder / "study.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     columns = ["name", "tokens", "cpu_seconds", "cache_bytes_per_token", "bits_per_byte", "divergence"]
-    rows = [[row.get(name, "") for name in columns] + [row.get("points", {}).get("mean", "")] for row in study.rows]
-    print_table(f"{study.source.name}", [*columns, "points"], rows)
+    columns += study.more_figures()
+    print_table(study.source.name, columns, [[shown(row.get(name, "")) for name in columns] for row in study.rows])
+
+
+def shown(figure: Any) -> Any:
+    """As it is; of points in tasks their mean, and of finds by context all."""
+    if not isinstance(figure, dict):
+        return figure
+    return figure["mean"] if "mean" in figure else " / ".join(f"{share:.0f}" for share in figure.values())
 
 
 def main() -> None:
@@ -180,6 +217,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="With --kv-heads auto, the share of the cache to keep.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="Merges; the last one is healed.")
     parser.add_argument("--tasks", type=Path, help="Folder of zero-shot sets, see benchmarks.zero_shot.")
+    parser.add_argument("--needle", type=int, nargs="*", metavar="TOKENS", help="Contexts to look for a number in.")
+    parser.add_argument("--cache-bits", type=int, choices=(2, 4, 8), help="Of a quantized cache (pip install hqq).")
     parser.add_argument("--output", default="runs/native_study")
     parser.add_argument("--documents", type=int, default=8, help="Of the test split.")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

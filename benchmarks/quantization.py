@@ -48,6 +48,11 @@ class WithQuantizedCache:
         return CausalLMOutputWithPast(logits=torch.cat(logits, 1))
 
 
+def hqq_cache(model: Any, bits: int) -> WithQuantizedCache:
+    """The model with a cache by hqq, whose residual is one chunk: longer ones keep that many of the last tokens."""
+    return WithQuantizedCache(model, backend="hqq", nbits=bits, residual_length=CHUNK, axis_key=1, axis_value=1)
+
+
 def variants(load: Callable[..., Any]) -> dict[str, tuple[str | None, Callable[[], Any]]]:
     """By name: the package that is needed, and what makes the model."""
 
@@ -55,12 +60,6 @@ def variants(load: Callable[..., Any]) -> dict[str, tuple[str | None, Callable[[
         from torchao.quantization import Int8WeightOnlyConfig
 
         return load(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
-
-    def cache(backend: str, **options: Any) -> Callable[[], Any]:
-        # A residual of one chunk: longer ones keep that many of the last tokens as they are.
-        if backend == "hqq":
-            options |= {"residual_length": CHUNK, "axis_key": 1, "axis_value": 1}
-        return lambda: WithQuantizedCache(load(), backend=backend, **options)
 
     return {
         "float32": (None, load),
@@ -70,9 +69,9 @@ def variants(load: Callable[..., Any]) -> dict[str, tuple[str | None, Callable[[
             "bitsandbytes",
             lambda: load(quantization_config=BitsAndBytesConfig(load_in_8bit=True)),
         ),
-        "fp8 cache": (None, cache("fp8")),
-        "hqq 8-bit cache": ("hqq", cache("hqq", nbits=8)),
-        "hqq 4-bit cache": ("hqq", cache("hqq", nbits=4)),
+        "fp8 cache": (None, lambda: WithQuantizedCache(load(), backend="fp8")),
+        "hqq 8-bit cache": ("hqq", lambda: hqq_cache(load(), 8)),
+        "hqq 4-bit cache": ("hqq", lambda: hqq_cache(load(), 4)),
     }
 
 

@@ -79,6 +79,7 @@ def test_the_study_of_a_native_checkpoint_makes_each_state_once(tmp_path, monkey
     counts = {"calibration": 2048, "closed-form": 2048, "heal": 4096, "uptrain": 1024}
     arguments = [str(tmp_path / "tiny"), "--data", str(tmp_path), "--kv-heads", "1", "--documents", "2"]
     arguments += ["--output", str(tmp_path / "runs"), *(f"--{name}-tokens={count}" for name, count in counts.items())]
+    arguments += ["--needle", "64", "128"]
     monkeypatch.setattr(sys, "argv", ["native_study", *arguments])
     native_study.main()
     first = json.loads((tmp_path / "runs" / "tiny-1" / "study.json").read_text())
@@ -87,6 +88,8 @@ def test_the_study_of_a_native_checkpoint_makes_each_state_once(tmp_path, monkey
     assert states["original"]["divergence"] == pytest.approx(0, abs=1e-6)
     assert states["original"]["cache_bytes_per_token"] == 2 * states["uptrained on 1,024"]["cache_bytes_per_token"]
     assert states["healed"]["divergence"] < states["closed form"]["divergence"] < states["svd"]["divergence"]
+    assert all(0 <= share <= 100 for share in states["healed"]["needle"].values())
+    assert list(states["healed"]["needle"]) == ["64", "128"] and "needle" not in states["mean"]
     monkeypatch.setattr(native_study, "heal_folder", None)  # a second run makes nothing
     native_study.main()
     assert json.loads((tmp_path / "runs" / "tiny-1" / "study.json").read_text()) == first
