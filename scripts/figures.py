@@ -357,17 +357,19 @@ def draw_states(states: list[dict[str, Any]], path: Path) -> None:
 
 def states_caption(real: dict[str, Any]) -> str:
     """What the picture shows, and on what it was measured."""
-    first, *_, last = real["states"]
+    first, _, *trained = real["states"]
+    last, machine = trained[-1], real["machine"]
+    steps = [
+        f"{state['name']} on {state['tokens']:,} tokens of text in {state['cpu_seconds'] / 60:.0f} CPU minutes"
+        for state in trained
+    ]
     sizes = [f"{state['cache_bytes_per_token'] / 1024:g} KiB" for state in (first, last)]
-    machine = real["machine"]
-    minutes = last["cpu_seconds"] / 60
     scores = [state["bits_per_byte"] for state in (first, last)]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     sentences = (
-        f"*{real['checkpoint']}: {first['kv_heads']} KV heads merged to {last['kv_heads']} and healed on",
-        f"{last['tokens']:,} tokens of text, in {minutes:.0f} CPU minutes. A token's cache goes from",
-        f"{sizes[0]} to {sizes[1]}, held-out bits per byte from {scores[0]:.3f} to {scores[1]:.3f}",
-        f"({above(scores[1], scores[0])}).",
+        f"*{real['checkpoint']}: {first['kv_heads']} KV heads merged to {last['kv_heads']}, {', then '.join(steps)}.",
+        f"A token's cache goes from {sizes[0]} to {sizes[1]}, held-out bits per byte from {scores[0]:.3f} to",
+        f"{scores[1]:.3f} ({above(scores[1], scores[0])}).",
         f"Measured on {real['text']}, in {real['dtype']}, on {threads} of an {machine['device']}",
         "([how](docs/log.md#smollm2)).*",
     )
