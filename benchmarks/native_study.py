@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="With --kv-heads auto, the share of the cache to keep.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="Merges; the last one is healed.")
     parser.add_argument("--tasks", type=Path, help="Folder of zero-shot sets, see benchmarks.zero_shot.")
-    parser.add_argument("--needle", type=int, nargs="*", metavar="TOKENS", help="Contexts to look for a number in.")
+    parser.add_argument("--needle", type=int, nargs="+", metavar="TOKENS", help="Contexts to look for a number in.")
     parser.add_argument("--cache-bits", type=int, choices=(2, 4, 8), help="Of a quantized cache (pip install hqq).")
     parser.add_argument("--output", default="runs/native_study")
     parser.add_argument("--documents", type=int, default=8, help="Of the test split.")
