@@ -45,6 +45,7 @@ from .zero_shot import zero_shot
 
 
 WINDOW = 512
+TOKENS_IN_STEP = 1024  # of healing
 METHODS = ("mean", "aligned", "svd")
 NEAR_CHANCE = ("mean", "aligned")
 NEEDLE_PROMPTS = 20  # for each context
@@ -66,9 +67,9 @@ class NativeStudy:
         self.device = best_device(None)
         self.rows: list[dict[str, Any]] = []
 
-    def tokens(self, count: int) -> torch.Tensor:
-        """So many tokens of the training text, in rows of 512."""
-        return calibration_from_texts(read_column([self.train_files]), self.tokenizer, self.config, count, WINDOW)
+    def tokens(self, count: int, row_length: int = WINDOW) -> torch.Tensor:
+        """So many tokens of the training text, in rows."""
+        return calibration_from_texts(read_column([self.train_files]), self.tokenizer, self.config, count, row_length)
 
     def load(self, folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
@@ -150,17 +151,19 @@ def run(study: NativeStudy) -> None:
 
         study.state(method, merge, options.calibration_tokens)
 
-    def heal(tokens: int, **fields: Any) -> Callable[[Path], Any]:
-        recipe = HealRecipe(**fields)
-        merged = study.folder / options.methods[-1]
-        return lambda folder: heal_folder(merged, study.source, folder, study.tokens(tokens), recipe, resume=True)
+    def heal(tokens: int, row_length: int = WINDOW, **fields: Any) -> Callable[[Path], Any]:
+        recipe = HealRecipe(batch_size=max(1, TOKENS_IN_STEP // row_length), **fields)
+        merged, read = study.folder / options.methods[-1], partial(study.tokens, tokens, row_length)
+        return lambda folder: heal_folder(merged, study.source, folder, read(), recipe, resume=True)
 
     closed = options.closed_form_tokens
     if closed:
         study.state("closed form", heal(closed, layer_tokens=closed, epochs=0, joint_epochs=0), closed)
-    healed = study.state("healed", heal(options.heal_tokens), options.heal_tokens)
+    row_length = options.heal_row_length
+    rows = "" if row_length == WINDOW else f", rows of {row_length:,}"
+    healed = study.state(f"healed{rows}", heal(options.heal_tokens, row_length), options.heal_tokens)
     for count in options.uptrain_tokens:
-        study.state(f"uptrained on {count:,}", partial(uptrained, study, healed, count), count)
+        study.state(f"uptrained on {count:,}{rows}", partial(uptrained, study, healed, count), count)
 
 
 def uptrained(study: NativeStudy, healed: Path, tokens: int, folder: Path) -> None:
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--closed-form-tokens", type=int, default=65536, help="0: leave that out.")
     parser.add_argument("--heal-tokens", type=int, default=196_608)
+    parser.add_argument("--heal-row-length", type=int, default=WINDOW, help="Tokens in a row of healing.")
     parser.add_argument("--uptrain-tokens", type=int, nargs="*", default=[49_152], help="A state for each.")
     parser.add_argument("--uptrain-kl-weight", type=float, default=0.5)
     parser.add_argument("--uptrain-ce-weight", type=float, default=1.0)

@@ -143,8 +143,19 @@ def running(command: list[str], environment: dict[str, str], port: int, log: Pat
             wait_until_ready(process, port, log)
             yield process.pid
         finally:
-            process.terminate()
-            process.wait(timeout=60)
+            end(process)
+
+
+def end(process: subprocess.Popen, seconds: float = 60) -> None:
+    """Ends a server and, where it does not end itself in time (vLLM's, while it warms up), all that it started."""
+    process.terminate()
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for folder in list(processes_of(process.pid)):
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(int(folder.name), signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_the_process_that_computes_is_bound_to_the_engine_s_cores():
         finally:
             os.kill(worker, signal.SIGKILL)
             front.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")
+def test_a_server_that_does_not_end_is_killed_with_what_it_started():
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    front = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); {deaf}"
+    with subprocess.Popen([sys.executable, "-c", front, deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline(), process.stdout.readline()  # both run
+        started = time.monotonic()
+        served.end(process, seconds=0.2)
+        assert process.returncode == -signal.SIGKILL
+        assert process.stdout.read() == b""  # the pipe ends when the other process has ended, too
+        assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
