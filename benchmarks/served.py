@@ -335,9 +335,8 @@ def turns(servers: list[Server], rounds: int) -> Iterator[list[Server]]:
         yield servers[:: -1 if number % 2 else 1]
 
 
-def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(servers: list[Server], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each context and concurrency: medians over rounds, and of each round's ratio to the first server."""
-    rows = []
     for context in options.contexts:
         for concurrency in options.concurrency:
             runs: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
@@ -352,9 +351,7 @@ def measure(servers: list[Server], options: argparse.Namespace) -> list[dict[str
                 told = {name: value for name, value in vars(server).items() if name not in ("worker", "computing")}
                 told |= predict(server, context, concurrency, options)
                 row["models"].append(told | summary(runs[server.name], runs[servers[0].name]))
-            rows.append(row)
-            print("\n".join(lines(row)), flush=True)
-    return rows
+            yield row
 
 
 def summary(runs: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, float]:
@@ -454,12 +451,19 @@ def main() -> None:
             servers.append(stack.enter_context(ENGINES[options.engine](checkpoint, options, log)))
         names = COLUMNS.split(", ")
         print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
-        rows = measure(servers, options)
+        rows: list[dict[str, Any]] = []
+        for row in measure(servers, options):
+            print("\n".join(lines(row)), flush=True)
+            rows.append(row)
+            write_report(rows, checkpoints, options)
+
+
+def write_report(rows: list[dict[str, Any]], checkpoints: list[Path], options: argparse.Namespace) -> None:
+    """What has been measured so far, in a file: long contexts take their time."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     settings["checkpoints"] = [checkpoint.name for checkpoint in checkpoints]
-    (options.output / "served.json").write_text(
-        json.dumps({"settings": settings, "rows": rows}, indent=2, default=str)
-    )
+    report = {"settings": settings, "rows": rows}
+    (options.output / "served.json").write_text(json.dumps(report, indent=2, default=str))
 
 
 if __name__ == "__main__":

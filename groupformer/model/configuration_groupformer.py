@@ -311,14 +311,16 @@ class GroupFormerConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         values = vars(self)
-        known = values.get("_derived")
-        has_changed = known and (name not in values or values[name] != value)
+        if not (known := values.get("_derived")):
+            super().__setattr__(name, value)
+            return
+        has_changed = name not in values or values[name] != value
         super().__setattr__(name, value)
         # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
         is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
         # Transformers makes a layer's config: a copy without `per_layer_config`, in which nothing is derived either.
-        had_layers = known and known["per_layer_config"][1] and name != "per_layer_config"
-        if known and is_relevant and (self.is_heterogeneous or not had_layers):
+        had_layers = known["per_layer_config"][1] and name != "per_layer_config"
+        if is_relevant and (self.is_heterogeneous or not had_layers):
             given = {**self._given_fields(), name: value}
             if name == "num_hidden_layers":
                 given |= first_layers(given, value)
@@ -341,16 +343,18 @@ class GroupFormerConfig(PreTrainedConfig):
                 self.convert_rope_params_to_dict()
             self.per_layer_config = given["per_layer_config"]
         finally:
-            self._derived = {name: (given[name], copy.deepcopy(self._value(name))) for name in DERIVED_FIELDS}
+            values = self._whole_values()
+            self._derived = {name: (given[name], copy.deepcopy(values[name])) for name in DERIVED_FIELDS}
 
-    def _value(self, name: str) -> Any:
-        """The field's value for the whole model; `per_layer_config` is `True` where there is one, else `None`."""
-        return (self.is_heterogeneous or None) if name == "per_layer_config" else vars(self)[name]
+    def _whole_values(self) -> dict[str, Any]:
+        """The values for the whole model; `per_layer_config` is `True` where there is one, else `None`."""
+        return {**vars(self), "per_layer_config": self.is_heterogeneous or None}
 
     def _given_fields(self) -> dict[str, Any]:
         """What each derived field was given as. A value that was changed in place since then is a given one too."""
-        known = vars(self).get("_derived", {})
-        return {name: given if self._value(name) == was else self._value(name) for name, (given, was) in known.items()}
+        values = self._whole_values()
+        known = values.get("_derived", {})
+        return {name: given if values[name] == was else values[name] for name, (given, was) in known.items()}
 
     def _derived_entries(self) -> dict[str, Any]:
         """What files and dictionaries say of derived fields: what they were given as, where it is not their value."""
@@ -359,7 +363,8 @@ class GroupFormerConfig(PreTrainedConfig):
         if layers and not self.serialize_explicit_per_layer_config:
             digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
             entries["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
-        return {**entries, "derived_fields": {name: v for name, v in given.items() if v != vars(self)[name]}}
+        values = vars(self)
+        return {**entries, "derived_fields": {name: v for name, v in given.items() if v != values[name]}}
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, as transformers' `to_dict`, for whoever reads it; and which ones are derived.
@@ -516,8 +521,12 @@ class GroupFormerConfig(PreTrainedConfig):
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
                 "give one entry a layer"
             )
-        for layer_idx, (layer_type, layer) in enumerate(zip(self.layer_types, self.per_layer_config)):
-            where = f" in layer {layer_idx}" if self.is_heterogeneous else ""
+        # Without overrides the layers of a type are alike, and the first one stands for them.
+        is_mixed = self.is_heterogeneous
+        first_ones = (self.layer_types.index(layer_type) for layer_type in dict.fromkeys(self.layer_types))
+        for layer_idx in range(self.num_hidden_layers) if is_mixed else first_ones:
+            layer, layer_type = self.per_layer_config[layer_idx], self.layer_types[layer_idx]
+            where = f" in layer {layer_idx}" if is_mixed else ""
             if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
                 raise ValueError(
                     f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
