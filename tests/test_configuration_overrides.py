@@ -110,6 +110,11 @@ def test_a_file_with_every_derived_value_loads_with_overrides_too(name, tmp_path
 @settings(max_examples=150, deadline=None)
 @given(fields=strategies.legal_fields(), others=strategies.legal_fields(), data=st.data())
 @example(fields={"num_attention_heads": 2}, others={"num_attention_heads": 4}, data=None)
+@example(
+    fields={"num_hidden_layers": 1},
+    others={"per_layer_config": {1: {"num_key_value_heads": 1}}, "num_hidden_layers": 2},
+    data=None,
+)
 def test_loading_with_overrides_equals_building_with_them(fields, others, data, tmp_path_factory):
     """Some derived fields are not given, and any fields of another config are overridden."""
     if data is not None:
@@ -124,9 +129,10 @@ def test_loading_with_overrides_equals_building_with_them(fields, others, data, 
     except (ValueError, StrictDataclassError):
         assume(False)
     assert_same(loaded(config, tmp_path_factory.mktemp("config"), **others), built)
-    for name, value in others.items():
+    # A layer must be there before something of its own can be set.
+    for name in sorted(others, key=lambda name: name != "num_hidden_layers"):
         if name != "attn_implementation":
-            setattr(config, name, value)
+            setattr(config, name, others[name])
     config._attn_implementation = built._attn_implementation
     assert_same(config, built)
     config.validate()

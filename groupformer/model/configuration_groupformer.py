@@ -311,16 +311,14 @@ class GroupFormerConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         values = vars(self)
-        if not (known := values.get("_derived")):
-            super().__setattr__(name, value)
-            return
-        has_changed = name not in values or values[name] != value
+        known = values.get("_derived")
+        has_changed = known and (name not in values or values[name] != value)
         super().__setattr__(name, value)
         # Transformers sets `is_causal` in every forward: what has not changed derives nothing.
         is_relevant = name in DERIVED_FIELDS or (has_changed and name in self.__dataclass_fields__)
         # Transformers makes a layer's config: a copy without `per_layer_config`, in which nothing is derived either.
-        had_layers = known["per_layer_config"][1] and name != "per_layer_config"
-        if is_relevant and (self.is_heterogeneous or not had_layers):
+        had_layers = known and known["per_layer_config"][1] and name != "per_layer_config"
+        if known and is_relevant and (self.is_heterogeneous or not had_layers):
             given = {**self._given_fields(), name: value}
             if name == "num_hidden_layers":
                 given |= first_layers(given, value)
@@ -363,8 +361,7 @@ class GroupFormerConfig(PreTrainedConfig):
         if layers and not self.serialize_explicit_per_layer_config:
             digits = len(str(max(layers)))  # transformers' own way, so that the keys sort in JSON
             entries["per_layer_config"] = {str(idx).zfill(digits): dict(layers[idx]) for idx in sorted(layers)}
-        values = vars(self)
-        return {**entries, "derived_fields": {name: v for name, v in given.items() if v != values[name]}}
+        return {**entries, "derived_fields": {name: v for name, v in given.items() if v != vars(self)[name]}}
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, as transformers' `to_dict`, for whoever reads it; and which ones are derived.
@@ -516,41 +513,35 @@ class GroupFormerConfig(PreTrainedConfig):
             raise ValueError("logits_scaling (0) must not be 0: logits are divided by it")
 
     def _check_layers(self) -> None:
-        if len(self.layer_types) != self.num_hidden_layers:
+        count, types, is_mixed = self.num_hidden_layers, self.layer_types, self.is_heterogeneous
+        if len(types) != count:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}; "
-                "give one entry a layer"
+                f"layer_types has {len(types)} entries, but num_hidden_layers is {count}; give one entry a layer"
             )
         # Without overrides the layers of a type are alike, and the first one stands for them.
-        is_mixed = self.is_heterogeneous
-        first_ones = (self.layer_types.index(layer_type) for layer_type in dict.fromkeys(self.layer_types))
-        for layer_idx in range(self.num_hidden_layers) if is_mixed else first_ones:
-            layer, layer_type = self.per_layer_config[layer_idx], self.layer_types[layer_idx]
-            where = f" in layer {layer_idx}" if is_mixed else ""
-            if layer.num_key_value_heads < 1 or self.num_attention_heads % layer.num_key_value_heads != 0:
+        for idx in range(count) if is_mixed else map(types.index, dict.fromkeys(types)):
+            layer, where = self.per_layer_config[idx], f" in layer {idx}" if is_mixed else ""
+            heads, kv_heads, window = self.num_attention_heads, layer.num_key_value_heads, layer.sliding_window
+            if kv_heads < 1 or heads % kv_heads != 0:
                 raise ValueError(
-                    f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                    f"({layer.num_key_value_heads}){where}; choose {choices(divisors(self.num_attention_heads))}"
+                    f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}){where}; "
+                    f"choose {choices(divisors(heads))}"
                 )
-            window = layer.sliding_window
             if window is not None and window < 1:
                 raise ValueError(f"sliding_window ({window}){where} must be at least 1, or None for full attention")
             if layer.intermediate_size < 1:
                 raise ValueError(f"intermediate_size ({layer.intermediate_size}){where} must be at least 1")
-            if layer_type not in LAYER_TYPES:
+            if types[idx] not in LAYER_TYPES:
+                raise ValueError(f"layer_types[{idx}] ({types[idx]!r}) is unknown; choose {choices(LAYER_TYPES)}")
+            if types[idx] == "sliding_attention" and window is None:
                 raise ValueError(
-                    f"layer_types[{layer_idx}] ({layer_type!r}) is unknown; choose {choices(LAYER_TYPES)}"
-                )
-            if layer_type == "sliding_attention" and window is None:
-                raise ValueError(
-                    f"layer_types[{layer_idx}] is 'sliding_attention', but sliding_window (None) gives no window; "
+                    f"layer_types[{idx}] is 'sliding_attention', but sliding_window (None) gives no window; "
                     "set sliding_window or choose 'full_attention'"
                 )
-        rope_layers = self.no_rope_layers
-        if rope_layers is not None and (len(rope_layers) < self.num_hidden_layers or not set(rope_layers) <= {0, 1}):
+        rotated = self.no_rope_layers
+        if rotated is not None and (len(rotated) < count or not set(rotated) <= {0, 1}):
             raise ValueError(
-                f"no_rope_layers ({rope_layers}) needs one entry for each of the {self.num_hidden_layers} layers, "
-                "1 with RoPE and 0 without"
+                f"no_rope_layers ({rotated}) needs one entry for each of the {count} layers: 1 with RoPE, 0 without"
             )
 
 
