@@ -269,8 +269,9 @@ class Problem:
 
     def loss(self, index: int) -> torch.Tensor:
         """The relative error of a batch."""
-        error = (self.layer.attend(self.calls[index]).added - self.goals[index]).square()
-        return (self.weights[index] * error).mean() / self.energy
+        added = self.layer.attend(self.calls[index]).added
+        error = (added - self.goals[index].to(added.device)).square()
+        return (self.weights[index].to(added.device) * error).mean() / self.energy
 
     @torch.no_grad()
     def error(self) -> float:
@@ -288,7 +289,7 @@ class Problem:
         for index in range(self.learned):
             with features.recorded() as inputs:
                 output = self.layer.attend(self.calls[index]).raw
-            features.add(inputs[0], goals[index] - output, self.weights[index])
+            features.add(inputs[0], goals[index].to(output.device) - output, self.weights[index].to(output.device))
         features.solve(self.recipe.ridge, self.processes)
 
     def train(self, kept: State, best: float) -> tuple[State, float]:
