@@ -45,7 +45,7 @@ from .zero_shot import zero_shot
 
 
 WINDOW = 512
-TOKENS_IN_STEP = 1024  # of healing
+TOKENS_IN_STEP = 512  # of healing
 METHODS = ("mean", "aligned", "svd")
 NEAR_CHANCE = ("mean", "aligned")
 NEEDLE_PROMPTS = 20  # for each context

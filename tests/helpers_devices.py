@@ -12,7 +12,8 @@ aten = torch.ops.aten
 class Accelerator(TorchDispatchMode):
     """Inside it the meta device is an accelerator, whose numbers can be read: they are 0.5, 0, or True.
 
-    An operation on tensors of this device and of the CPU fails, as it would on a GPU; that is what it is for.
+    An operation on tensors of this device and of the CPU fails, as it would on a GPU; that is what it is for. As on
+    Apple's, there is no float64.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -24,7 +25,10 @@ class Accelerator(TorchDispatchMode):
             return torch.full(tensor.shape, 0.5, dtype=kwargs.get("dtype") or tensor.dtype)
         if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0].fill_(0.5)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, torch.Tensor) and output.is_meta and output.dtype == torch.float64:
+            raise TypeError(f"{func}: this device has no float64")
+        return output
 
 
 def is_cpu(device: Any) -> bool:

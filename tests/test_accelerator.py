@@ -42,15 +42,22 @@ def model_of(config):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_the_stand_in_refuses_what_an_accelerator_refuses():
+def test_the_stand_in_refuses_what_accelerators_refuse():
     with Accelerator(), pytest.raises((RuntimeError, ValueError), match="device"):
         torch.ones(2, device="meta") + torch.ones(2)
+    with Accelerator(), pytest.raises(TypeError, match="float64"):
+        torch.ones(2, device="meta").double()
+
+
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """torch has none for the stand-in."""
+    for module in (healing, heal_jointly):
+        monkeypatch.setattr(module, "autocast", lambda device, bf16: nullcontext())
 
 
 @every_config
-def test_healing_computes_on_the_device_of_the_model(build, monkeypatch):
-    for module in (healing, heal_jointly):  # torch has no autocast for the stand-in
-        monkeypatch.setattr(module, "autocast", lambda device, bf16: nullcontext())
+def test_healing_computes_on_the_device_of_the_model(build):
     with Accelerator():
         model, original = (model_of(build(kv_heads)).to("meta") for kv_heads in (1, 4))
         report = groupformer.heal(model, original, IDS, HealRecipe())

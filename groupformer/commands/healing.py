@@ -50,7 +50,9 @@ def heal_command(
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of single layers, as a share of each weight's size.")] = 0.03,
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one step, of all processes together.")] = 2,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows in one step, of all processes together. [default: one for each]")
+    ] = None,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     device: Device = None,
@@ -75,6 +77,12 @@ def heal_command(
     processes = Processes.from_environment()
     cost, device = Cost(), best_device(device)
     reader = calibration_reader(text, text_column, tokens, tokenizer, row_length)
+    recipe = HealRecipe(
+        epochs=epochs,
+        joint_epochs=joint_epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size or processes.count,
+    )
     for source in (student, original):
         check_target(Path(source), target, overwrite)
     with (
@@ -88,7 +96,7 @@ def heal_command(
             original_folder,
             target,
             reader,
-            HealRecipe(epochs=epochs, joint_epochs=joint_epochs, learning_rate=learning_rate, batch_size=batch_size),
+            recipe,
             device=device,
             resume=resume,
             overwrite=overwrite,

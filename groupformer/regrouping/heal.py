@@ -336,10 +336,11 @@ class Problem:
 
 
 class LeastSquares:
-    """The change D of a linear layer that takes its weighted error away, in float64.
+    """The change D of a linear layer that takes its weighted error away.
 
     With inputs u, weights w and errors r of the output, the D that minimises Σ w |D u - r|² + λ |D|² is
     (Σ w r uᵀ) (Σ w u uᵀ + λ)⁻¹, with λ a share of the mean of Σ w u² over features. A bias is one more feature of 1.
+    A batch's products are taken in float32 where the layer is, and added up in float64 on the CPU: MPS has no float64.
     """
 
     def __init__(self, projection: nn.Module):
@@ -359,21 +360,23 @@ class LeastSquares:
 
     def add(self, inputs: torch.Tensor, errors: torch.Tensor, weights: torch.Tensor) -> None:
         """Counts a batch: inputs (B, T, F), errors (B, T, E) and weights (B, T, 1)."""
-        features = inputs.flatten(0, 1).double()
+        features = inputs.flatten(0, 1).float()
         if getattr(self.projection, "bias", None) is not None:
             features = torch.cat((features, features.new_ones(len(features), 1)), dim=1)
-        weighted = (features * weights.flatten(0, 1).double()).T
-        self.gram = self.gram + weighted @ features
-        self.cross = self.cross + weighted @ errors.flatten(0, 1).double()
+        weighted = (features * weights.flatten(0, 1)).T
+        with autocast(features.device, bf16=False):
+            gram, cross = weighted @ features, weighted @ errors.flatten(0, 1)
+        self.gram = self.gram + gram.cpu().double()
+        self.cross = self.cross + cross.cpu().double()
 
     def solve(self, ridge: float, processes: Processes) -> None:
         """Adds the solution, for what all processes have counted, to the layer's weight and bias."""
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
         processes.sum((gram, cross))
         penalty = ridge * gram.diagonal().mean().clamp(min=1e-30)
-        change = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
+        change = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), cross).float()
         weight, bias = self.projection.weight, getattr(self.projection, "bias", None)
-        size = len(change) - (bias is not None)
+        change, size = change.to(weight.device), len(change) - (bias is not None)
         weight += change[:size] if isinstance(self.projection, Conv1D) else change[:size].T
         if bias is not None:
             bias += change[size]

@@ -36,7 +36,7 @@ class HealRecipe:
     learning_rate: float = 0.03
     joint_epochs: int = 1
     joint_learning_rate: float = 0.004
-    batch_size: int = 2
+    batch_size: int = 1
     ridge: float = 0.01
     held_out: float = 0.08
     patience: int = 2

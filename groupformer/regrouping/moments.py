@@ -26,7 +26,7 @@ class Moment:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Counts inputs (..., E)."""
-        flat = inputs.detach().flatten(0, -2).to("cpu", torch.float64)
+        flat = inputs.detach().flatten(0, -2).cpu().double()  # MPS has no float64
         self.products += flat.T @ flat
         self.total += flat.sum(dim=0)
         self.count += flat.shape[0]
