@@ -19,6 +19,7 @@ FLOAT32, FLOAT64 = 4, 8
 # being written; of hidden states and copies of the attention in float32 while a layer is healed; logits of a batch
 # while distributions are compared.
 MERGED_COPIES, HEALED_STATES, HEALED_COPIES, LOGITS = 6, 9, 10, 8
+UPTRAINED_ROWS, UPTRAINED_LOGITS = 8, 2  # of `UptrainRecipe`; the student's logits and their gradient
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def regrouping_steps(
     state = sizes.hidden_size * FLOAT32  # of a token
     moment = 3 * sizes.hidden_size**2 * FLOAT64  # its root and the sum of products
     merging = MERGED_COPIES * sizes.attention * FLOAT64 + moment
-    logits = LOGITS * recipe.batch_size * row_length * sizes.vocab_size * FLOAT32
+    logits = row_length * sizes.vocab_size * FLOAT32  # of a row
     alone = min(tokens, recipe.layer_tokens)
     passed = sizes.layers + sizes.vocab_size * sizes.hidden_size  # numbers that a token meets on its way to its logits
     return {
@@ -90,8 +91,8 @@ def regrouping_steps(
         ),
         # The student in float32 beside both models in 16 bits; of the attention gradients, AdamW's moments, a copy.
         "healed, all together": Step(
-            2 * sizes.model * FLOAT32 + 4 * sizes.all_attention * FLOAT32 + logits,
+            2 * sizes.model * FLOAT32 + 4 * sizes.all_attention * FLOAT32 + LOGITS * recipe.batch_size * logits,
             (6 * passed + 2 * sizes.all_attention) * tokens * recipe.joint_epochs,
         ),
-        "uptrained": Step(5 * sizes.model * FLOAT32 + logits, 8 * passed * tokens),
+        "uptrained": Step(5 * sizes.model * FLOAT32 + UPTRAINED_LOGITS * UPTRAINED_ROWS * logits, 8 * passed * tokens),
     }
