@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config
 
 import groupformer
+from groupformer.conversion.loading import has_fast_bf16
 from groupformer.regrouping import heal as healing
 from groupformer.regrouping import heal_jointly
 from groupformer.regrouping.heal_recipe import HealRecipe
@@ -77,3 +78,8 @@ def test_moments_and_losses_are_measured_on_the_device_that_is_asked_for(build):
     with Accelerator():
         losses = measured_losses(source, plan.layouts, plan.request, problems, IDS, device="meta")
     assert [set(layer) for layer in losses] == [{1, 2, 4}] * 2
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_not_fast(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_bf16("cuda")

@@ -283,7 +283,7 @@ def check_token_ids(token_ids: Iterable[int], tokenizer: Any, what: str, vocab_s
 def has_fast_bf16(device: str) -> bool:
     """Whether a kind of device multiplies faster in bfloat16: GPUs that have it, and CPUs with matrix units for it."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 

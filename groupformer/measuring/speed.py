@@ -80,6 +80,6 @@ def time_once(model: Any, context: int, batch: int, new_tokens: int) -> tuple[fl
 
 def now(device: torch.device) -> float:
     """The time when all work so far is done, in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

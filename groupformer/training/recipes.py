@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..conversion.loading import best_device
+from ..conversion.loading import best_device, has_fast_bf16
 from ..model.configuration_groupformer import GroupFormerConfig
 
 
@@ -43,7 +41,7 @@ def hardware_arguments(device: str | None, bf16: bool | None) -> dict[str, Any]:
     if device is not None and ":" in device:
         raise ValueError(f"device ({device}) must be a kind, e.g. cuda; CUDA_VISIBLE_DEVICES chooses among several")
     chosen = best_device(device)
-    has_bf16 = chosen == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = chosen == "cuda" and has_fast_bf16(chosen)
     return {"bf16": has_bf16 if bf16 is None else bf16, "use_cpu": chosen == "cpu"}
 
 
