@@ -447,11 +447,18 @@ def test_regroup_merges_and_heals_in_one_command(folders, tmp_path):
     assert distance(model, original, ids) < distance(merged, original, ids)
 
 
+def test_regroup_heals_on_rows_as_long_as_asked_for(folders, tmp_path):
+    options = ["--heal", "--heal-tokens", "40", "--heal-row-length", "20"]  # two rows; one of 40 would be refused
+    done = CliRunner().invoke(app, regroup_arguments(folders, tmp_path / "out", *options))
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--resume"], "--resume needs --heal"),
         (["--heal", "--heal-tokens", "8"], "healing needs at least 2 rows of 2 tokens"),
+        (["--heal", "--heal-tokens", "40", "--heal-row-length", "40"], "token_ids has shape (1, 40)"),
     ],
 )
 def test_regroup_refuses_healing_that_cannot_be(options, message, folders, tmp_path):

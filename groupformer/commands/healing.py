@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .regrouping import HEAL_TOKENS, calibration_reader, healed_facts, uptrain_line
+from .regrouping import HEAL_TOKENS, ROW_LENGTH, calibration_reader, healed_facts, uptrain_line
 from .shared import (
     CONVERT,
     AsJson,
@@ -49,7 +49,9 @@ def heal_command(
         int, typer.Option(min=0, help="Passes of all layers together; 0: none, memory stays near one layer.")
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of single layers, as a share of each weight's size.")] = 0.03,
-    row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
+    row_length: Annotated[
+        int, typer.Option(min=2, help="Tokens in a row; as long as your contexts, if time allows.")
+    ] = ROW_LENGTH,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows in one step, of all processes together. [default: one for each]")
     ] = None,

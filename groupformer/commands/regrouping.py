@@ -43,7 +43,7 @@ from .shared import (
 )
 
 
-HEAL_TOKENS = 196_608
+HEAL_TOKENS, ROW_LENGTH = 196_608, 512
 
 
 class Method(str, Enum):
@@ -88,6 +88,9 @@ def regroup_command(
         bool, typer.Option("--heal", help="Win back most of what is lost, by training on the text; minutes or more.")
     ] = False,
     heal_tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to read for that.")] = HEAL_TOKENS,
+    heal_row_length: Annotated[
+        int, typer.Option(min=2, help="Tokens in a row of it; as long as your contexts, if time allows.")
+    ] = ROW_LENGTH,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     device: Device = None,
@@ -139,7 +142,7 @@ def regroup_command(
     )
     facts: dict[str, Any] = {}
     if calibration and heal:
-        text = calibration_reader(calibration, text_column, heal_tokens, tokenizer)
+        text = calibration_reader(calibration, text_column, heal_tokens, tokenizer, heal_row_length)
         with resumable_healing(target), phases_bar("healing") as progress:
 
             def merged(shard: int, shards: int, written: int, total: int) -> None:
@@ -257,7 +260,7 @@ def wanted_heads(text: str) -> int | str | dict[int, int]:
 
 
 def calibration_reader(
-    files: list[str], text_column: str, tokens: int, tokenizer: str | None, row_length: int = 512
+    files: list[str], text_column: str, tokens: int, tokenizer: str | None, row_length: int = ROW_LENGTH
 ) -> Any:
     """A function that tokenizes calibration text with the model folder's tokenizer; missing files are refused now.
 
