@@ -9,6 +9,9 @@ import pytest
 import typer
 
 from groupformer.commands.main import app
+from groupformer.commands.regrouping import Grouping, Method
+from groupformer.regrouping.grouping import GROUPINGS
+from groupformer.regrouping.merging import METHODS
 
 
 def groupformer(*arguments):
@@ -169,3 +172,8 @@ def test_a_tokenizer_is_measured_as_json(tmp_path):
     done = groupformer("tokenizer", "eval", tmp_path / "text.txt", "--json")
     row = json.loads(done.stdout)[str(tmp_path / "text.txt")]
     assert row["bytes"] == 129 and row["bytes_per_token"] > 3
+
+
+def test_the_choices_in_the_help_are_the_methods_and_groupings_that_there_are():
+    assert [method.value for method in Method] == list(METHODS)
+    assert [grouping.value for grouping in Grouping] == list(GROUPINGS)

@@ -17,14 +17,11 @@ from typer.testing import CliRunner
 import groupformer
 from groupformer import GroupFormerForCausalLM, GroupFormerTokenizer
 from groupformer.commands.main import app
-from groupformer.commands.regrouping import Grouping, Method
 from groupformer.regrouping import heal_folders
-from groupformer.regrouping.grouping import GROUPINGS
 from groupformer.regrouping.heal import heal
 from groupformer.regrouping.heal_folders import heal_folder
 from groupformer.regrouping.heal_jointly import divergence
 from groupformer.regrouping.heal_recipe import HealRecipe
-from groupformer.regrouping.merging import METHODS
 from groupformer.regrouping.processes import Processes
 
 from .helpers import random_ids, randomize, tiny_config
@@ -471,11 +468,6 @@ def test_regroup_without_text_cannot_heal(folders, tmp_path):
     arguments = ["regroup", str(folders / "original"), str(tmp_path / "out"), "--kv-heads", "1", "--heal"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1 and "--heal needs --calibration: the text to learn from" in str(done.exception)
-
-
-def test_the_choices_in_the_help_are_the_methods_and_groupings_that_there_are():
-    assert [method.value for method in Method] == list(METHODS)
-    assert [grouping.value for grouping in Grouping] == list(GROUPINGS)
 
 
 def test_a_page_that_ships_calibrates_where_no_text_is_at_hand(folders, tmp_path):
